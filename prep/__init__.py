@@ -1,0 +1,1 @@
+"""Stage one: source -> units -> documents -> ids -> shards + manifest. Never imports `train`."""

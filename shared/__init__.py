@@ -1,0 +1,1 @@
+"""What both stages need, and nothing else: the contract on disk, durability, the permutation, the tokenizer."""
