@@ -1,0 +1,127 @@
+"""BitLinear: ternary weights times 8-bit activations (BitNet b1.58, arXiv 2402.17764; 2B4T, arXiv 2504.12285).
+
+    weights       s = mean|W| (>= 1e-5)                W^ = clip(round(W * (1/s)), -1, 1)        one s a segment
+    activations   g = max|x| of a token (>= 1e-5)      x^ = clip(round(x * (127/g)), -128, 127)
+    product       y = (x^ W^T) * (g/127) * s           straight-through gradients for both
+
+Rounding is half to even. Scales, codes and rounding are in fp32 (in fp64 where the input is): done in bf16, 6% of the
+codes of activations change. x^ W^T is a sum of at most K integers of size <= 128, below 2^24 for K <= 131,072: it is
+exact in int32 and in fp32, in whatever order a kernel adds. So all paths of `integer_product` give the same bits.
+
+Shapes: M tokens, K in features, N out features, S segments (q, k, v fused in one matrix are three).
+"""
+
+import torch
+from torch import Tensor, nn
+
+SMALLEST_SCALE = 1e-5
+
+
+class BitLinear(nn.Module):
+    """y = x W^T with quantised x and W, no bias. `segments` are the out features of the fused matrices, in order.
+
+    `weight` (N, K) is the full-precision latent. `codes` (N, K) and `scale` (N,) are derived from it by `quantize`,
+    which the owner calls after every change of the weight; `forward` asserts that it was called.
+    """
+
+    def __init__(self, in_features: int, segments: tuple[int, ...], compute: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.segments, self.compute = in_features, segments, compute
+        self.weight = nn.Parameter(torch.empty(sum(segments), in_features))
+        self.codes: Tensor | None = None
+        self.scale: Tensor | None = None
+        self._version = -1
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Rebuild codes and scale from the weight."""
+        codes, scale = quantize_weight(self.weight, self.segments)
+        self.codes, self.scale = codes.to(code_dtype(self.weight.device)), scale
+        self._version = self.weight._version
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the codes are those of the weight as it stands."""
+        return self.codes is not None and self._version == self.weight._version
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) of any float dtype -> (..., N) in the compute dtype."""
+        y: Tensor = QuantizedProduct.apply(  # type: ignore[no-untyped-call]
+            x.flatten(0, -2), self.weight, self.codes, self.scale, self.compute
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
+def quantize_weight(weight: Tensor, segments: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(N, K) -> codes (N, K) of -1, 0, 1 and each row's scale (N,), constant in a segment; both at least fp32."""
+    rows = torch.split(weight.to(exact_dtype(weight.dtype)), segments)
+    scales = [part.abs().mean().clamp(min=SMALLEST_SCALE) for part in rows]
+    codes = [(part * (1 / s)).round().clamp(-1, 1) for part, s in zip(rows, scales, strict=True)]
+    return torch.cat(codes), torch.cat([s.expand(n) for s, n in zip(scales, segments, strict=True)])
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, K) -> integer codes (M, K) and g/127 of each token (M, 1); both at least fp32."""
+    x = x.to(exact_dtype(x.dtype))
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
+    return (x * (127 / largest)).round().clamp(-128, 127), largest / 127
+
+
+def integer_product(x_codes: Tensor, w_codes: Tensor) -> Tensor:
+    """(M, K) x (N, K) -> (M, N) exact sums, in int32 for int8 codes, else in fp32; never rounded to bf16."""
+    if w_codes.dtype == torch.int8:
+        return torch._int_mm(x_codes, w_codes.t())
+    if w_codes.dtype == torch.bfloat16:
+        return product_in_fp32(x_codes, w_codes.t())
+    return x_codes @ w_codes.t()
+
+
+def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """(M, K) x (K, N) -> (M, N) in fp32, accumulated in fp32, for bf16 operands."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def code_dtype(device: torch.device) -> torch.dtype:
+    """What codes are stored and multiplied in: int8 units on CPUs, bf16 units on CUDA, fp32 elsewhere."""
+    if device.type == "cpu":
+        return torch.int8
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64: what scales and rounding are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class QuantizedProduct(torch.autograd.Function):
+    """The forward product on integers, and the gradients of the same formula with rounding taken as the identity."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        w_codes: Tensor,
+        scale: Tensor,
+        compute: torch.dtype,
+    ) -> Tensor:
+        x_codes, x_scale = quantize_activations(x)
+        x_codes = x_codes.to(w_codes.dtype)
+        ctx.save_for_backward(x_codes, x_scale, w_codes, scale)
+        ctx.compute, ctx.x_dtype = compute, x.dtype  # type: ignore[attr-defined]
+        return (integer_product(x_codes, w_codes) * x_scale * scale).to(compute)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_codes, x_scale, w_codes, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        compute = ctx.compute  # type: ignore[attr-defined]
+        # Both products need the gradient; scaling it once serves both, since grad_w can be unscaled row by row.
+        g = (grads[0] * scale).to(compute)
+        grad_x = g @ w_codes.to(compute)
+        x = (x_codes * x_scale).to(compute)
+        grad_w = (g.t() @ x).to(scale.dtype) / scale[:, None]
+        return grad_x.to(ctx.x_dtype), grad_w, None, None, None  # type: ignore[attr-defined]
