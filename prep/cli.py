@@ -1,0 +1,75 @@
+"""python -m prep: the commands. Thin: each imports what it runs, so that --help is quick."""
+
+import os
+from pathlib import Path
+
+import click
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+COUNT = click.IntRange(min=1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Pre-tokenise text into memory-mapped uint16 shards with a hashed manifest."""
+
+
+@main.command()
+@click.option("--source", required=True, help="file, folder or glob of .parquet, .jsonl, .jsonl.zst, .txt")
+@click.option(
+    "--tokenizer", required=True, type=click.Path(path_type=Path, dir_okay=False), help="SentencePiece .model"
+)
+@click.option("--out", required=True, type=FOLDER, help="folder of the data set; built as OUT.partial")
+@click.option("--train-sequences", type=COUNT, default=1_920_000, show_default=True)
+@click.option("--val-sequences", type=click.IntRange(min=0), default=10_240, show_default=True)
+@click.option("--seq-len", type=COUNT, default=1024, show_default=True, help="tokens a sequence predicts")
+@click.option("--shard-tokens", type=COUNT, default=1 << 26, show_default=True, help="tokens a shard, but the last")
+@click.option("--order", type=click.Choice(["shuffled", "listed"]), default="shuffled", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of order and holdout")
+@click.option("--workers", type=COUNT, default=None, help="processes that encode [default: one a core, at most 8]")
+@click.option("--unit-bytes", type=COUNT, default=8 << 20, show_default=True, help="packed bytes read at once")
+@click.option("--restart", is_flag=True, help="discard an unfinished build")
+def tokenize(
+    source: str,
+    tokenizer: Path,
+    out: Path,
+    train_sequences: int,
+    val_sequences: int,
+    seq_len: int,
+    shard_tokens: int,
+    order: str,
+    seed: int,
+    workers: int | None,
+    unit_bytes: int,
+    restart: bool,
+) -> None:
+    """Build a data set of exactly the tokens a job consumes. The same command goes on after an interruption."""
+    from prep.pipeline import build
+    from prep.plan import Settings
+    from shared.stop import Stop
+    from shared.tokenizer import load_tokenizer
+
+    settings = Settings(train_sequences, val_sequences, seq_len, shard_tokens, order, seed, unit_bytes)
+    manifest = build(
+        source,
+        load_tokenizer(tokenizer),
+        settings,
+        out,
+        workers=workers or min(8, _cores()),
+        restart=restart,
+        stop=Stop(),
+    )
+    for name, split in manifest.splits.items():
+        click.echo(
+            f"{name}: {split.sequences:,} sequences, {split.tokens:,} tokens, {split.documents:,} documents, "
+            f"{split.utf8_bytes:,} bytes of text, {len(split.shards)} shards"
+        )
+    skipped = manifest.skipped
+    click.echo(
+        f"skipped: {skipped.empty:,} empty, {skipped.in_val:,} in val, {skipped.after_full:,} after train was full"
+    )
+    click.echo(f"id: {manifest.id}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

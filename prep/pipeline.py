@@ -1,0 +1,233 @@
+"""plan -> workers -> ordered commit: builds a data set, or goes on with one.
+
+The parent plans, places and writes; worker processes read and encode. Results are taken in the order of the plan,
+whatever the order in which they are done, so the bytes do not depend on the number of workers.
+"""
+
+import multiprocessing
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prep import worker
+from prep.encoder import Encoder
+from prep.job import Job, finished, hash_files, prepare, publish
+from prep.plan import Plan, Settings, Step
+from prep.sources import open_source, units_of
+from prep.worker import Result, Worker
+from prep.writer import JOURNAL, Writer
+from shared.durable import exclusive, require_space, write_durably
+from shared.manifest import (
+    BUILD,
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    Skipped,
+    Source,
+    manifest_dict,
+    seal,
+    text_of,
+)
+from shared.progress import Progress, duration
+from shared.provenance import provenance, utc_now
+from shared.shards import TOKEN_BYTES
+from shared.stop import Interrupted, Stop
+from shared.tokenizer import Tokenizer
+
+PACKAGES = ("numpy", "pyarrow", "sentencepiece", "zstandard")
+
+
+def build(
+    spec: str, tokenizer: Tokenizer, settings: Settings, out: Path, *, workers: int, restart: bool, stop: Stop
+) -> Manifest:
+    """Make `out` or go on making it. ValueError and OSError for what the user must mend; Interrupted at a signal."""
+    out = out.absolute()
+    source = open_source(spec)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(out.with_name(out.name + ".lock"), "prep tokenize"):
+        if manifest := finished(source, settings, tokenizer, out):
+            click.echo(f"{out}: already complete, nothing to do")
+            return manifest
+        stamps = {name: source.path(name).stat().st_mtime_ns for name in source.names}
+        job = Job(spec, source, hash_files(source), tokenizer, settings, out)
+        prepare(job, restart)
+        if (job.partial / MANIFEST).exists() and not (job.partial / JOURNAL).exists():
+            return publish(job)  # a former start was killed right before its last step
+        return _Build(job, stamps, workers, stop).run()
+
+
+class _Build:
+    """One start of a build: from where the journal stands to the end or a stop."""
+
+    def __init__(self, job: Job, stamps: dict[str, int], workers: int, stop: Stop) -> None:
+        self.job, self.workers, self.stop = job, workers, stop
+        settings, source = job.settings, job.source
+        self.budget = settings.budget()
+        self.plan = Plan(
+            [unit for name in source.names for unit in units_of(source, name, settings.unit_bytes)],
+            settings.order,
+            settings.seed,
+        )
+        self.encoder = Encoder(job.tokenizer)
+        self.make_worker = partial(Worker, source, stamps, self.encoder, settings.seed, settings.holdout_threshold())
+        self.writer = Writer(job.partial, job.config(), self.budget, settings.shard_tokens, self.encoder.text_bytes)
+        left = sum(self.writer.room.left.values())
+        require_space(job.partial, left * TOKEN_BYTES, f"building {job.out.name}")
+        self.progress = Progress()
+        self.began = time.monotonic()
+        self.seconds_before = self.writer.seconds
+        self.done_before = sum(self.budget.values()) - left
+        self.text_bytes = 0
+
+    def run(self) -> Manifest:
+        self._announce()
+        self.writer.begin()
+        with self.stop.listening(), _pool(self.workers, self.make_worker) as pool:
+            for step, result in self._results(pool):
+                self.text_bytes += result.text_bytes
+                cursor = self.plan.after(step, result.next_row)
+                self.writer.commit(result, step.unit.file, cursor, self._seconds())
+                self.progress.show(self._line)
+                if self.writer.room.full:
+                    break
+                if self.stop:
+                    raise Interrupted(f"{self.job.partial}: interrupted; the same command goes on where it stopped")
+        self.progress.show(self._line, now=True)
+        self.progress.clear()
+        self.writer.close()
+        if not self.writer.room.full:
+            raise ValueError(self._too_small())
+        return self._finish()
+
+    def _results(self, pool: Executor) -> Iterator[tuple[Step, Result]]:
+        """Steps and what they gave, in order, with `2 x workers` of them under way."""
+        steps = self.plan.steps(self.writer.cursor)
+        pending: deque[tuple[Step, Future[Result]]] = deque()
+        while True:
+            while len(pending) < 2 * self.workers and (step := next(steps, None)):
+                pending.append((step, pool.submit(worker.run, step.unit, step.row)))
+            if not pending:
+                return
+            step, future = pending.popleft()
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                raise ValueError(
+                    f"{step.unit.file}: a worker process died (out of memory?); "
+                    "the same command goes on where it stopped, with fewer --workers if need be"
+                ) from None
+            if result.ended:
+                self.plan.ended(step.track)
+            if result.next_row is not None:  # the rest of a very large unit comes before whatever follows it
+                rest = Step(step.track, step.unit, result.next_row)
+                pending.appendleft((rest, pool.submit(worker.run, rest.unit, rest.row)))
+            yield step, result
+
+    def _announce(self) -> None:
+        s, identity, files = self.job.settings, self.job.tokenizer.identity, self.job.files
+        click.echo(f"source: {self.job.spec}, {len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB")
+        wanted = ", ".join(f"{split} {n:,} tokens" for split, n in self.budget.items() if n)
+        click.echo(f"tokenizer: {identity.vocab_size:,} pieces, sha256 {identity.sha256[:16]}…")
+        if self.encoder.slow_reason:
+            click.echo(f"SentencePiece encodes every document whole, which is slower: {self.encoder.slow_reason}")
+        click.echo(
+            f"wanted: {wanted}, in sequences of {s.sequence_length:,}; {len(self.plan.tracks):,} units, {s.order}"
+        )
+        if self.done_before:
+            click.echo(f"{self.job.partial}: going on at {self.done_before:,} tokens")
+
+    def _line(self) -> str:
+        total = sum(self.budget.values())
+        done = total - sum(self.writer.room.left.values())
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        rate = (done - self.done_before) / seconds
+        left = duration((total - done) / rate) if rate else "?"
+        return (
+            f"{done:,} of {total:,} tokens ({done / total:.1%}) · {rate / 1e6:.2f} M tokens/s · "
+            f"{self.text_bytes / seconds / 1e6:.1f} MB/s · {left} left"
+        )
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.began
+
+    def _too_small(self) -> str:
+        length = self.job.settings.sequence_length
+        held = {split: max(0, (n - self.writer.room.left[split] - 1) // length) for split, n in self.budget.items()}
+        holds = " and ".join(f"{held[split]:,} {split}" for split in held)
+        wants = " and ".join(f"{n:,} {split}" for split, n in self._wanted().items())
+        return (
+            f"{self.job.spec}: too small: it holds {holds} sequences of {length:,}, not {wants}; add files, or ask for "
+            f"--train-sequences {held['train']} --val-sequences {held['val']} or fewer with --restart"
+        )
+
+    def _wanted(self) -> dict[str, int]:
+        return {"train": self.job.settings.train_sequences, "val": self.job.settings.val_sequences}
+
+    def _finish(self) -> Manifest:
+        """Write what closes the data set, manifest.json last, and put it in its place."""
+        job, settings, folder = self.job, self.job.settings, self.job.partial
+        splits, indexes = {}, {}
+        for name, writer in self.writer.splits.items():
+            splits[name], stated = writer.finish(self._wanted()[name])
+            indexes.update(stated)
+        unsealed = Manifest(
+            format_version=FORMAT_VERSION,
+            source=Source(
+                kind="files",
+                repository=None,
+                config=None,
+                revision=None,
+                files=job.files,
+                order=settings.order,
+                seed=settings.seed,
+                unit_bytes=settings.unit_bytes,
+                holdout_threshold=str(settings.holdout_threshold()),
+            ),
+            tokenizer=job.tokenizer.identity,
+            sequence_length=settings.sequence_length,
+            shard_tokens=settings.shard_tokens,
+            splits=splits,
+            skipped=Skipped(**self.writer.skipped),
+            id="",
+        )
+        write_durably(folder / TOKENIZER, job.tokenizer.model)
+        write_durably(folder / BUILD, text_of(seal(self._build_record(indexes), "sha256")))
+        write_durably(folder / MANIFEST, text_of(seal(manifest_dict(unsealed), "id")))
+        self.writer.remove_scaffolding()
+        return publish(job)
+
+    def _build_record(self, indexes: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "finished": utc_now(),
+            "seconds": round(self._seconds(), 3),
+            "starts": self.writer.starts,
+            "workers": self.workers,
+            "source": self.job.spec_path,
+            "encoder": self.encoder.slow_reason or "parts",
+            "parity": {"documents": self.writer.parity, "mismatches": 0},
+            "indexes": indexes,
+            "provenance": provenance(PACKAGES),
+        }
+
+
+@contextmanager
+def _pool(workers: int, make: "partial[Worker]") -> Iterator[ProcessPoolExecutor]:
+    """Worker processes. They are forked where that is safe: they then share the encoder's tables."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    reader, writer = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, initializer=worker.start, initargs=(make, reader, writer))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        writer.close()  # the workers leave what they are at, nobody needs it

@@ -1,0 +1,70 @@
+"""What a SentencePiece .model file says of itself that the library's own interface does not tell.
+
+The file is a protocol buffer (sentencepiece_model.proto, ModelProto). Only a handful of its fields are needed, so they
+are read off the wire format (protobuf.dev/programming-guides/encoding) and the protobuf package is not.
+"""
+
+from collections.abc import Iterator
+
+from shared.tokenizer import Tokenizer
+
+BPE = 2
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+PIECES, TRAINER, NORMALIZER = 1, 2, 3  # fields of ModelProto
+PIECE_TYPE = 3
+MODEL_TYPE, BYTE_FALLBACK, WHITESPACE_SUFFIX = 3, 35, 24  # of TrainerSpec
+CHARSMAP, STRIP_SPACES, ESCAPE_SPACES = 2, 4, 5  # of NormalizerSpec
+
+
+def unsafe_reason(tokenizer: Tokenizer) -> str | None:
+    """Why the proof of prep.encoder does not hold for this model; None when it does."""
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    types = []
+    for field, value in _fields(tokenizer.model):
+        assert isinstance(value, bytes) or field > NORMALIZER
+        if field == PIECES and isinstance(value, bytes):
+            types.append(dict(_fields(value)).get(PIECE_TYPE, NORMAL))
+        elif field == TRAINER and isinstance(value, bytes):
+            trainer.update(_fields(value))
+        elif field == NORMALIZER and isinstance(value, bytes):
+            normalizer.update(_fields(value))
+    checks = {
+        "it is not a BPE model": trainer.get(MODEL_TYPE, 1) != BPE,
+        "it has no byte fallback": not trainer.get(BYTE_FALLBACK, 0) or types.count(BYTE) != 256,
+        "it marks spaces behind words": bool(trainer.get(WHITESPACE_SUFFIX, 0)),
+        "it normalises text": bool(normalizer.get(CHARSMAP)),
+        "it strips spaces": bool(normalizer.get(STRIP_SPACES, 1)),
+        "it does not escape spaces": not normalizer.get(ESCAPE_SPACES, 1),
+        "it has user-defined or unused pieces": bool(set(types) - {NORMAL, UNKNOWN, CONTROL, BYTE}),
+    }
+    return next((reason for reason, fails in checks.items() if fails), None)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of one message: an int for varints, bytes for all else."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, at = _varint(data, at)
+        else:
+            size = {1: 8, 5: 4}[kind]
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7

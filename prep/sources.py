@@ -1,0 +1,152 @@
+"""Files on disk as rows of text: .parquet, .jsonl, .jsonl.zst and .txt (a line is a document)."""
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prep.lines import READ_BYTES, chunks_of
+
+KINDS = (".parquet", ".jsonl", ".jsonl.zst", ".txt")
+UNIT_LINES = 4096
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is read in one piece of work: consecutive row groups of a parquet file, or lines of a text file.
+
+    `row` is its first row in the file. `rows` is None for .zst, whose length shows only when it ends. `groups` are the
+    row groups (first, one past the last) of parquet, `offset` the first line's byte in an unpacked text file.
+    """
+
+    file: str
+    row: int
+    rows: int | None
+    groups: tuple[int, int] | None = None
+    offset: int | None = None
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """Files under `root`; `names` are relative to it, sorted by their bytes."""
+
+    root: Path
+    names: list[str]
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+
+def open_source(spec: str) -> LocalSource:
+    """The files that SRC names: one file, a directory (with its subdirectories) or a glob."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if kind_of(path.name) is None:
+            raise ValueError(f"{spec}: expected a file of {', '.join(KINDS)}")
+        return LocalSource(path.parent.resolve(), [path.name])
+    if path.is_dir():
+        root, found = path, sorted(path.rglob("*"))
+    elif any(glob.has_magic(part) for part in path.parts):
+        root = _last_plain_folder(path)
+        found = [Path(match) for match in glob.iglob(str(path), recursive=True)]  # noqa: PTH207 (absolute)
+    else:
+        raise ValueError(f"{spec}: no such file or directory")
+    names = [str(file.relative_to(root)) for file in found if file.is_file() and kind_of(file.name)]
+    if not names:
+        raise ValueError(f"{spec}: no files of {', '.join(KINDS)} there")
+    return LocalSource(root.resolve(), sorted(names, key=lambda name: name.encode()))
+
+
+def kind_of(name: str) -> str | None:
+    return next((kind for kind in KINDS if name.endswith(kind)), None)
+
+
+def _last_plain_folder(path: Path) -> Path:
+    parts = path.parent.parts
+    plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return Path(*parts[:plain]) if plain else Path()
+
+
+def units_of(source: LocalSource, name: str, unit_bytes: int) -> list[Unit]:
+    """The units of a file in order; of .zst text only the first, since its length is not known yet."""
+    kind = kind_of(name)
+    if kind == ".parquet":
+        return _parquet_units(source, name, unit_bytes)
+    if kind == ".jsonl.zst":
+        return [Unit(name, 0, None)]
+    return _line_units(source.path(name), name)
+
+
+def unit_after(unit: Unit) -> Unit:
+    """The unit of .zst text that follows."""
+    assert unit.rows is None
+    return Unit(unit.file, unit.row + UNIT_LINES, None)
+
+
+def _parquet_units(source: LocalSource, name: str, unit_bytes: int) -> list[Unit]:
+    with open_parquet(source.path(name)) as file:
+        metadata = file.metadata
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        packed = [sum(g.column(c).total_compressed_size for c in range(metadata.num_columns)) for g in groups]
+        rows = [g.num_rows for g in groups]
+    return group_units(name, packed, rows, unit_bytes)
+
+
+def group_units(name: str, packed: list[int], rows: list[int], unit_bytes: int) -> list[Unit]:
+    """Consecutive row groups, greedily, while their `packed` bytes stay within `unit_bytes`; at least one each."""
+    units: list[Unit] = []
+    first = row = 0
+    while first < len(packed):
+        stop, size = first + 1, packed[first]
+        while stop < len(packed) and size + packed[stop] <= unit_bytes:
+            size += packed[stop]
+            stop += 1
+        count = sum(rows[first:stop])
+        units.append(Unit(name, row, count, groups=(first, stop)))
+        row += count
+        first = stop
+    return units
+
+
+def _line_units(path: Path, name: str) -> list[Unit]:
+    units: list[Unit] = []
+    lines = start = at = 0  # start: where the line begins that we are in
+    unit_offset = 0
+    with chunks_of(path) as chunks:
+        for chunk in chunks:
+            newlines = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10)
+            first_border = -(lines % UNIT_LINES) + UNIT_LINES - 1  # of the newlines here, the first that ends a unit
+            for border in newlines[first_border::UNIT_LINES].tolist():
+                units.append(Unit(name, len(units) * UNIT_LINES, UNIT_LINES, offset=unit_offset))
+                unit_offset = at + border + 1
+            lines += len(newlines)
+            if len(newlines):
+                start = at + int(newlines[-1]) + 1
+            at += len(chunk)
+    lines += start < at  # a last line without a line break
+    if lines % UNIT_LINES:
+        units.append(Unit(name, len(units) * UNIT_LINES, lines % UNIT_LINES, offset=unit_offset))
+    return units
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a parquet file and check that it has text. ValueError names what is wrong with it."""
+    try:
+        file = pq.ParquetFile(path, buffer_size=READ_BYTES)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: not a readable parquet file (empty, cut off or damaged): {error}") from None
+    schema = file.schema_arrow
+    if "text" not in schema.names:
+        raise ValueError(f"{path}: has no column 'text', only {', '.join(schema.names) or 'none'}")
+    kind = schema.field("text").type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not _is_text(kind):
+        raise ValueError(f"{path}: its column 'text' holds {kind}, not strings")
+    return file
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -1,0 +1,132 @@
+"""What a worker process does: read a unit, encode it, decide each document's side. It writes nothing."""
+
+import hashlib
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from prep.encoder import Encoder, Ids, Offsets
+from prep.holdout import is_val
+from prep.rows import RowReader
+from prep.sources import LocalSource, Unit
+
+PIECE_BYTES = 64 << 20  # text that one result holds at most, whatever the size of a unit
+PARITY = 1000  # one document in so many is encoded by plain SentencePiece as well
+
+
+@dataclass(frozen=True)
+class Result:
+    """The documents of one piece of a unit, ready to be written.
+
+    `tokens` (N,) uint16 holds them end to end, `<s>` ids `</s>` each; `offsets` (D+1,) int64 into it; `utf8_bytes`,
+    `rows` (D,) int64; `hashes` SHA-256 of the texts; `empty_rows` rows without text. `next_row`: where to go on inside
+    the unit, None at its end; `ended`: the .zst file has no further unit.
+    """
+
+    tokens: Ids
+    offsets: Offsets
+    utf8_bytes: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    empty_rows: npt.NDArray[np.int64]
+    hashes: list[bytes]
+    val_side: list[bool]
+    ids: pa.Array
+    urls: pa.Array
+    text_bytes: int
+    parity: int
+    next_row: int | None
+    ended: bool
+
+
+class Worker:
+    """Reads and encodes units; a process has one."""
+
+    def __init__(self, source: LocalSource, stamps: dict[str, int], encoder: Encoder, seed: int, limit: int) -> None:
+        self._source, self._stamps = source, stamps
+        self._encoder = encoder
+        self._reader = RowReader(source)
+        self._seed, self._limit = seed, limit
+
+    def run(self, unit: Unit, row: int) -> Result:
+        self._check_unchanged(unit.file)
+        piece = self._reader.read(unit, row, PIECE_BYTES)
+        text = pa.chunked_array([rows.text for rows in piece.rows], _common_type(piece.rows)).combine_chunks()
+        encoded = self._encoder.encode(text)
+        hashes = _hash_texts(text)
+        return Result(
+            tokens=encoded.tokens,
+            offsets=encoded.offsets,
+            utf8_bytes=encoded.utf8_bytes,
+            rows=np.concatenate([rows.row for rows in piece.rows] or [np.empty(0, np.int64)]),
+            empty_rows=np.concatenate([rows.empty for rows in piece.rows] or [np.empty(0, np.int64)]),
+            hashes=hashes,
+            val_side=[is_val(digest, self._seed, self._limit) for digest in hashes],
+            ids=pa.chunked_array([rows.id for rows in piece.rows], pa.string()).combine_chunks(),
+            urls=pa.chunked_array([rows.url for rows in piece.rows], pa.string()).combine_chunks(),
+            text_bytes=int(pc.sum(pc.binary_length(text)).as_py() or 0),
+            parity=self._check_parity(text, encoded.tokens, encoded.offsets, hashes, unit.file),
+            next_row=piece.next_row,
+            ended=piece.ended,
+        )
+
+    def _check_unchanged(self, name: str) -> None:
+        path = self._source.path(name)
+        if path.stat().st_mtime_ns != self._stamps[name]:
+            raise ValueError(f"{path}: changed while it was being read; start again with --restart")
+
+    def _check_parity(self, text: pa.Array, tokens: Ids, offsets: Offsets, hashes: list[bytes], file: str) -> int:
+        """Compare a sample with plain SentencePiece, the first document of each piece in it; returns its size."""
+        sample = [i for i, digest in enumerate(hashes) if i == 0 or int.from_bytes(digest[-4:], "big") % PARITY == 0]
+        for i in sample:
+            if not np.array_equal(self._encoder.reference(text[i].as_py()), tokens[offsets[i] : offsets[i + 1]]):
+                raise ValueError(
+                    f"{file}: the document with text sha256 {hashes[i].hex()} is encoded otherwise than by "
+                    "SentencePiece; nothing of it was written; please report this with the tokenizer's sha256"
+                )
+        return len(sample)
+
+
+def _common_type(rows: list) -> pa.DataType:  # type: ignore[type-arg]
+    return rows[0].text.type if rows else pa.string()
+
+
+def _hash_texts(text: pa.Array) -> list[bytes]:
+    raw = text.cast(pa.large_binary())
+    starts = np.frombuffer(raw.buffers()[1], dtype="<i8")[raw.offset : raw.offset + len(raw) + 1].tolist()
+    data = memoryview(raw.buffers()[2] or b"")
+    return [hashlib.sha256(data[a:b]).digest() for a, b in itertools.pairwise(starts)]
+
+
+_worker: Worker
+
+
+def start(make: Callable[[], Worker], reader: Connection, writer: Connection) -> None:
+    """Set a worker process up: leave Ctrl-C to the parent, and do not outlive it.
+
+    Nothing is ever sent through the pipe. Once the parent closes its end, or dies, reading from it returns.
+    """
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    writer.close()
+    threading.Thread(target=_follow, args=(reader,), daemon=True).start()
+    pa.set_cpu_count(1)
+    _worker = make()
+
+
+def run(unit: Unit, row: int) -> Result:
+    return _worker.run(unit, row)
+
+
+def _follow(reader: Connection) -> None:
+    reader.poll(None)
+    os._exit(0)
