@@ -54,7 +54,7 @@ class BitLinear(nn.Module):
 
 def quantize_weight(weight: Tensor, segments: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(N, K) -> codes (N, K) of -1, 0, 1 and each row's scale (N,), constant in a segment; both at least fp32."""
-    rows = torch.split(weight.to(exact_dtype(weight.dtype)), segments)
+    rows = torch.split(weight.to(exact_dtype(weight.dtype)), list(segments))
     scales = [part.abs().mean().clamp(min=SMALLEST_SCALE) for part in rows]
     codes = [(part * (1 / s)).round().clamp(-1, 1) for part, s in zip(rows, scales, strict=True)]
     return torch.cat(codes), torch.cat([s.expand(n) for s, n in zip(scales, segments, strict=True)])
