@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ class Log:
 
     def append(self, record: Record) -> None:
         """Write one line. OSError names the file: a write to a descriptor would not."""
-        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        line = to_json(record) + "\n"
         try:
             write_all(self._fd, line.encode())
         except OSError as error:
@@ -49,6 +50,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         if record is None and number < len(lines):
             raise ValueError(f"{path}: line {number} is damaged")
     return [record for record, _ in lines if record is not None]
+
+
+def undamaged(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log before the first that is torn or damaged: what `cut` could keep."""
+    return [record for record, _ in takewhile(lambda line: line[0] is not None, _lines(path)) if record is not None]
 
 
 def cut(path: Path, keep: Callable[[dict[str, Any]], bool], discarded: Path) -> None:
@@ -101,12 +107,12 @@ class Sink(Protocol):
 class TensorBoard:
     """The numbers of metrics.jsonl as TensorBoard events, under <kind>/<name>. Needs the extra `tensorboard`."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        self._writer = SummaryWriter(str(folder))
 
     def add(self, record: Record) -> None:
         for name, value in {**record, **record["timing"]}.items():
@@ -129,6 +135,11 @@ def _lines(path: Path) -> list[tuple[dict[str, Any] | None, int]]:
             record = None
         found.append((record if isinstance(record, dict) and line.endswith(b"\n") else None, end))
     return found
+
+
+def to_json(record: Record) -> str:
+    """One line of strict JSON; what is not finite is null."""
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,8 @@ Each field can change bits, so together they belong to a run's identity. Nothing
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -123,6 +124,17 @@ def compile_model(model: Model) -> None:
         inductor.deterministic = True
     for layer in model.layers:
         layer.compile()
+
+
+@contextmanager
+def eager(model: Model) -> Iterator[None]:
+    """Run the model uncompiled for the length of the block: evaluation and sampling bring shapes of their own, and the
+    kernels that train must not be compiled anew for those, in a run and not in its resume."""
+    if model.layers[0]._compiled_call_impl is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def ladder(sequences: int, device: str) -> list[int]:

@@ -1,0 +1,95 @@
+"""The commands of stage two. Thin: each turns its arguments into one call; heavy imports wait until then."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from shared.stop import ANOMALIES, DONE, Stop, one_line
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+COUNT = click.IntRange(min=1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Train on a data set that prep has made, evaluate, sample."""
+
+
+@main.command()
+@click.option("--preset", required=True, metavar="95m|tiny", help="the model and its schedule")
+@click.option("--data", required=True, type=FOLDER, help="the data set: data/<name>")
+@click.option("--run", "path", required=True, type=FOLDER, help="the run: runs/<id>, new or to go on with")
+@click.option("--steps", type=COUNT, help="stop after this step, with a checkpoint; the schedule stays as it is")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="change a setting, as named in config.json"
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--restart", is_flag=True, help="throw away what this run has and start anew")
+@click.option("--tensorboard", is_flag=True, help="write the metrics for TensorBoard as well (needs the extra)")
+def run(
+    preset: str,
+    data: Path,
+    path: Path,
+    steps: int | None,
+    settings: tuple[str, ...],
+    device: str,
+    restart: bool,
+    tensorboard: bool,
+) -> int:
+    """Train, or go on with a run: the same command again continues from its newest checkpoint.
+
+    Ctrl-C is safe: the state is saved first. Exit codes: 0 done, 1 failed, 3 stopped on anomalies, 75 interrupted.
+    """
+    with Stop().listening() as stop:
+        from train.run import Request
+        from train.run import run as run_training
+        from train.training import TooManyAnomalies
+
+        request = Request(preset, data, path, steps, settings, device, restart, tensorboard)
+        try:
+            run_training(request, stop)
+        except TooManyAnomalies as error:
+            _say_on_stderr(f"error: {error}")
+            return ANOMALIES
+    return DONE
+
+
+@main.command("eval")
+@click.argument("path", metavar="RUN", type=FOLDER)
+@click.option("--sequences", type=COUNT, help="only the first N of the validation split")
+@click.option("--data", type=FOLDER, help="where the data set is, if it has moved since the last start")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object and nothing else")
+def evaluate(path: Path, sequences: int | None, data: Path | None, as_json: bool) -> None:
+    """Evaluate a run's newest checkpoint on the validation split."""
+    with Stop().listening() as stop:
+        from train.metrics import to_json
+        from train.trained import evaluate_run
+
+        found = evaluate_run(path, sequences=sequences, data=data, stop=stop, say=_say_on_stderr)
+    if as_json:
+        click.echo(to_json(found))
+        return
+    for name in ("step", "sequences", "tokens", "loss", "perplexity", "bits_per_byte"):
+        click.echo(f"{name} {found[name]}")
+
+
+@main.command()
+@click.argument("path", metavar="RUN", type=FOLDER)
+@click.option("--prompt", required=True, help="the beginning of the text")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: the likeliest")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
+@click.option("--tokens", type=COUNT, default=100, show_default=True, help="at most so many are added")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="the same seed gives the same text")
+def sample(path: Path, prompt: str, temperature: float, top_p: float, tokens: int, seed: int | None) -> None:
+    """Let a run's newest checkpoint go on with a text."""
+    from train.trained import sample_run
+
+    click.echo(
+        sample_run(path, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, say=_say_on_stderr)
+    )
+
+
+def _say_on_stderr(line: str) -> None:
+    sys.stdout.flush()
+    print(one_line(line), file=sys.stderr, flush=True)
