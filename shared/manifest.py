@@ -151,6 +151,8 @@ def read_sealed(path: Path, key: str) -> dict[str, Any]:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; is this a finished data set?") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
         value = json.loads(data)
         intact = isinstance(value, dict) and text_of(value) == data and value == seal(value, key)
