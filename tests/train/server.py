@@ -1,0 +1,182 @@
+"""Runs `python -m train ...` commands in forked processes, so that a command costs 0.2 s and not the import of torch.
+
+Each child is a process of its own that goes through the real entry point and can be killed like any other. A fault is
+put into it before it starts: see FAULTS. Started by command.py; speaks JSON lines on stdin and stdout.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch
+import torch._inductor.config  # what a first call would import, imported once
+
+from shared import manifest
+from shared.stop import run_cli
+from train import anomalies, checkpoint, evaluate, loop, model, samples, trained, training
+from train.cli import main
+
+torch.set_num_threads(1)
+
+
+def kill_at(call: str, n: int) -> None:
+    """SIGKILL at the n-th call, counted from 1, of an os function that changes the disk; a write is done by half."""
+    real, calls = getattr(os, call), 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            if call == "write":
+                real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+
+    setattr(os, call, counted)
+
+
+def fail_writes(n: int) -> None:
+    """A full disk from the n-th write into a checkpoint on."""
+    real, calls = checkpoint.write_all, 0
+
+    def write_all(fd: int, data: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls >= n:
+            raise OSError(28, "No space left on device")
+        real(fd, data)
+
+    checkpoint.write_all = write_all
+
+
+PLACES: dict[str, tuple[Any, str]] = {
+    "step": (loop.Loop, "step"),
+    "update": (model.Model, "requantize"),
+    "reading": (loop, "rows"),
+    "evaluating": (evaluate, "rows"),
+    "hashing": (manifest, "_check"),
+    "sampling": (samples, "generate"),
+    "save": (checkpoint, "_write"),
+    "copy": (checkpoint.Saver, "save"),
+    "verify": (checkpoint, "verify"),
+}
+
+
+def signal_in(place: str, n: int, *numbers: int) -> None:
+    """Send the signals to ourselves at the n-th entry, from 1, into a place."""
+    owner, name = PLACES[place]
+    real, calls = getattr(owner, name), 0
+
+    def entered(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(0.05)
+        return real(*arguments, **named)
+
+    setattr(owner, name, entered)
+
+
+def poison(*steps: int) -> None:
+    """The loss of these steps is NaN, and so is its gradient."""
+    real_step, real_loss, now = loop.Loop.step, model.Model.loss, 0
+
+    def step(self: Any, n: int) -> Any:
+        nonlocal now
+        now = n
+        try:
+            return real_step(self, n)
+        finally:
+            now = 0
+
+    loop.Loop.step = step  # type: ignore[method-assign]
+    model.Model.loss = lambda *a: real_loss(*a) * (float("nan") if now in steps else 1.0)  # type: ignore[method-assign]
+
+
+def draw() -> None:
+    """Each step draws from the global generator, and lets what it draws shape the update."""
+    real = loop.Loop.step
+
+    def step(self: Any, n: int) -> Any:
+        with torch.no_grad():
+            self.model.norm.weight.mul_(1 + 0.01 * torch.rand(1))
+        return real(self, n)
+
+    loop.Loop.step = step  # type: ignore[method-assign]
+
+
+def short_window(length: int, sigmas: float) -> None:
+    """Spikes are found in a short run: a window of so many steps."""
+    anomalies.WINDOW, anomalies.SIGMAS = length, sigmas
+
+
+def forget(piece: str) -> None:
+    """A resume leaves out a piece of the state: tensors whose name begins so, or a path into state.json."""
+    real = checkpoint.load
+
+    def load(folder: Any) -> Any:
+        found = real(folder)
+        for part in (found.model, found.optimizer):
+            for name, tensor in part.items():
+                if name.startswith(piece):
+                    tensor.zero_()
+        if piece == "random.cpu":  # zeros are no state of a generator
+            found.optimizer[piece].copy_(torch.Generator().manual_seed(0).get_state())
+        state = found.state["anomalies"]
+        for place in (state, state["windows"]):
+            if piece in place:
+                place[piece] = type(place[piece])()
+        return found
+
+    training.checkpoint.load = trained.checkpoint.load = load  # type: ignore[attr-defined]
+
+
+FAULTS = {f.__name__: f for f in (kill_at, fail_writes, signal_in, poison, draw, short_window, forget)}
+
+
+def child(request: dict[str, Any]) -> None:
+    """Become the command; never returns."""
+    code = 1
+    try:
+        for fd, path in ((1, request["out"]), (2, request["err"])):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, fd)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.argv = ["python -m train", *request["args"]]
+        for name, *arguments in request["faults"]:
+            FAULTS[name](*arguments)
+        run_cli(main, "python -m train")
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else 1
+    except BaseException:  # noqa: BLE001 - a bug of ours: show it as the interpreter would
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            child(request)
+        end = time.monotonic() + (request["kill_after"] or 60)
+        while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+                done = os.waitpid(pid, 0)
+                break
+            time.sleep(0.002)
+        print(json.dumps(os.waitstatus_to_exitcode(done[1])), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
