@@ -19,7 +19,7 @@ from prep.scan import Positions, ShardScan
 from shared.durable import sha256_file
 from shared.index import ContentHash, index_name, read_index
 from shared.manifest import BUILD, MANIFEST, TOKENIZER, Manifest, Problem, check_files, load_build, load_manifest
-from shared.tokenizer import SPACE, Tokenizer, load_tokenizer, piece_bytes
+from shared.tokenizer import Tokenizer, has_dummy_prefix, load_tokenizer, piece_bytes
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _check_text_bytes(
     """utf8_bytes, counted from the tokens: the bytes of each piece, less the dummy prefix of each document."""
     stated = manifest.splits[split]
     total = sum(scans[shard.file].text_bytes for shard in stated.shards)
-    if tokenizer.processor.encode("a", out_type=str)[0].startswith(SPACE):
+    if has_dummy_prefix(tokenizer.processor):
         total -= stated.documents - (stated.last_document.tokens_used == 1)
     if total == stated.utf8_bytes:
         return []

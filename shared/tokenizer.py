@@ -68,6 +68,11 @@ def piece_bytes(processor: SentencePieceProcessor) -> npt.NDArray[np.int64]:
     return np.array([_bytes_of(processor, i) for i in range(processor.vocab_size())], dtype=np.int64)
 
 
+def has_dummy_prefix(processor: SentencePieceProcessor) -> bool:
+    """Whether the model puts a space before every text, which its first piece then holds."""
+    return bool(processor.encode("a", out_type=str)[0].startswith(SPACE))
+
+
 def _bytes_of(processor: SentencePieceProcessor, i: int) -> int:
     if processor.is_control(i) or processor.is_unknown(i):
         return 0

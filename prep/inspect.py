@@ -1,0 +1,139 @@
+"""What stands at a token or in a sequence: the decoded text, and the documents and source rows that it comes from."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sentencepiece import SentencePieceProcessor
+
+from shared.index import Document, documents_between
+from shared.manifest import TOKENIZER, load_manifest, open_stream
+from shared.tokenizer import SPACE, Tokenizer, has_dummy_prefix, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens `start` ... `stop`-1 of a split, all of one document, and their text without `<s>` and `</s>`."""
+
+    document: Document
+    start: int
+    stop: int
+    text: str
+
+
+@dataclass(frozen=True)
+class View:
+    """What was asked for. Of a token: its document, whole. Of a sequence: a part for each document in it.
+
+    `framed` is the text of all parts with `<s>` and `</s>` where they stand in the stream; `piece` is the token's.
+    """
+
+    split: str
+    token: int
+    sequence: int
+    of_sequence: bool
+    piece: str
+    parts: list[Part]
+    framed: str
+
+    def json(self) -> dict[str, Any]:
+        """The keys of --json. `document` is the token's, or the list of a sequence's; `text` is theirs."""
+        documents = [{**asdict(part.document), "text_sha256": part.document.text_sha256.hex()} for part in self.parts]
+        return {
+            "split": self.split,
+            "token": self.token,
+            "sequence": self.sequence,
+            "document": documents if self.of_sequence else documents[0],
+            "text": self.framed if self.of_sequence else self.parts[0].text,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The same for people: where it is, then each document's origin and its text as it is."""
+        if self.of_sequence:
+            yield f"{self.split} sequence {self.sequence}: tokens {self.token} to {self.parts[-1].stop - 1}"
+        else:
+            place = self.token - self.parts[0].start
+            here = f"token {place} of its document, in sequence {self.sequence}"
+            yield f"{self.split} token {self.token}: {self.piece!r}, {here}"
+        for part in self.parts:
+            document, first = part.document, part.start - part.document.start
+            yield ""
+            yield f"document {document.id}"
+            yield f"url {document.url}"
+            yield f"source {document.file} row {document.row}"
+            yield f"tokens {first} to {part.stop - 1 - document.start} of its {document.length}"
+            yield ""
+            yield part.text
+
+
+def inspect(folder: Path, split: str, *, token: int | None = None, sequence: int | None = None) -> View:
+    """Look up a token, or a sequence of T + 1 tokens, of a split. ValueError when there is no such thing."""
+    assert (token is None) != (sequence is None)
+    manifest = load_manifest(folder)
+    length = manifest.sequence_length
+    try:
+        stream = open_stream(folder, manifest, split)
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}; run prep verify {folder}") from None
+    tokenizer = load_tokenizer(folder / TOKENIZER, manifest.tokenizer.sha256)
+    sequences = manifest.splits[split].sequences
+    if sequence is not None:
+        _require_within(folder, split, "sequence", sequence, sequences)
+        token = sequence * length
+        start, stop = token, token + length + 1
+    else:
+        assert token is not None
+        _require_within(folder, split, "token", token, len(stream))
+        start, stop = token, token + 1
+    documents = documents_between(folder, split, start, stop)
+    if not documents:
+        raise ValueError(f"{folder}: its index has no document at token {start} of {split}; run prep verify {folder}")
+    if sequence is None:
+        start, stop = documents[0].start, documents[0].start + documents[0].length
+    parts = []
+    for document in documents:
+        a, b = max(start, document.start), min(stop, document.start + document.length)
+        parts.append(Part(document, a, b, decode(tokenizer, stream[a:b], a - document.start)))
+    return View(
+        split=split,
+        token=token,
+        sequence=min(token // length, sequences - 1),  # the last token is a label only
+        of_sequence=sequence is not None,
+        piece=tokenizer.processor.id_to_piece(int(stream[token : token + 1][0])),
+        parts=parts,
+        framed="".join(_framed(tokenizer, part.text, stream[part.start : part.stop]) for part in parts),
+    )
+
+
+def decode(tokenizer: Tokenizer, ids: npt.NDArray[np.uint16], place: int) -> str:
+    """The text of ids that may begin and end anywhere in a document; the first is token `place` of it.
+
+    SentencePiece's own decoding drops a space at the start of what it is given. Here it is dropped from the document's
+    first piece, token 1, and nowhere else. Bytes that are no whole character, at a cut, and unknown ids give U+FFFD.
+    """
+    text = b"".join(_bytes_of(tokenizer.processor, i) for i in ids.tolist()).decode(errors="replace")
+    return text.removeprefix(" ") if place <= 1 and has_dummy_prefix(tokenizer.processor) else text
+
+
+def _bytes_of(processor: SentencePieceProcessor, i: int) -> bytes:
+    if processor.is_control(i):
+        return b""
+    if processor.is_unknown(i):
+        return "\ufffd".encode()
+    piece: str = processor.id_to_piece(i)
+    return bytes([int(piece[3:5], 16)]) if processor.is_byte(i) else piece.replace(SPACE, " ").encode()
+
+
+def _framed(tokenizer: Tokenizer, text: str, ids: npt.NDArray[np.uint16]) -> str:
+    bos, eos = tokenizer.identity.bos_id, tokenizer.identity.eos_id
+    before = tokenizer.processor.id_to_piece(bos) if ids[0] == bos else ""
+    after = tokenizer.processor.id_to_piece(eos) if ids[-1] == eos else ""
+    return before + text + after
+
+
+def _require_within(folder: Path, split: str, what: str, number: int, count: int) -> None:
+    if not 0 <= number < count:
+        raise ValueError(f"{folder}: {split} has no {what} {number}, only 0 to {count - 1}")
