@@ -44,21 +44,23 @@ def tokenize(
     restart: bool,
 ) -> None:
     """Build a data set of exactly the tokens a job consumes. The same command goes on after an interruption."""
-    from prep.pipeline import build
-    from prep.plan import Settings
     from shared.stop import Stop
-    from shared.tokenizer import load_tokenizer
 
-    settings = Settings(train_sequences, val_sequences, seq_len, shard_tokens, order, seed, unit_bytes)
-    manifest = build(
-        source,
-        load_tokenizer(tokenizer),
-        settings,
-        out,
-        workers=workers or min(8, _cores()),
-        restart=restart,
-        stop=Stop(),
-    )
+    with Stop().listening() as stop:  # before the slow imports, so that a signal never finds us unprepared
+        from prep.pipeline import build
+        from prep.plan import Settings
+        from shared.tokenizer import load_tokenizer
+
+        settings = Settings(train_sequences, val_sequences, seq_len, shard_tokens, order, seed, unit_bytes)
+        manifest = build(
+            source,
+            load_tokenizer(tokenizer),
+            settings,
+            out,
+            workers=workers or min(8, _cores()),
+            restart=restart,
+            stop=stop,
+        )
     for name, split in manifest.splits.items():
         click.echo(
             f"{name}: {split.sequences:,} sequences, {split.tokens:,} tokens, {split.documents:,} documents, "

@@ -8,7 +8,8 @@ from typing import Any
 
 from prep.plan import Settings
 from prep.sources import LocalSource
-from prep.writer import JOURNAL, journal_config
+from prep.split_writer import ROWS
+from prep.writer import JOURNAL, journal_config, write_journal
 from shared.durable import fsync_folder, sha256_file
 from shared.manifest import MANIFEST, Manifest, SourceFile, load_manifest
 from shared.tokenizer import Tokenizer
@@ -55,23 +56,20 @@ def hash_files(source: LocalSource) -> list[SourceFile]:
 
 
 def prepare(job: Job, restart: bool) -> None:
-    """Make `<out>.partial/` ready: new, or one that builds the same."""
-    folder = job.partial
-    if folder.exists() and any(folder.iterdir()):
-        ours = (folder / JOURNAL).exists() or (folder / MANIFEST).exists()
-        if not ours:
+    """Make `<out>.partial/` ready: a new build, which starts with its journal, or one that builds the same."""
+    folder, advice = job.partial, "--restart discards it"
+    if folder.exists() and any(path.name != JOURNAL + ".tmp" for path in folder.iterdir()):
+        if not (folder / JOURNAL).exists() and not (folder / MANIFEST).exists():
             raise ValueError(f"{folder}: not empty and not a build of ours; move it away or choose another --out")
         if restart:
             shutil.rmtree(folder)
         elif (before := journal_config(folder)) is not None:
-            check_same(
-                before, job.config(), f"{folder}: the unfinished build there has another", "--restart discards it"
-            )
+            check_same(before, job.config(), f"{folder}: the unfinished build there has another", advice)
         else:
-            check_same(
-                config_of(load_manifest(folder)), job.config(), f"{folder}: has another", "--restart discards it"
-            )
+            check_same(config_of(load_manifest(folder)), job.config(), f"{folder}: has another", advice)
     folder.mkdir(exist_ok=True)
+    if not (folder / JOURNAL).exists() and not (folder / MANIFEST).exists():
+        write_journal(folder, {"config": job.config()})
 
 
 def finished(source: LocalSource, settings: Settings, tokenizer: Tokenizer, out: Path) -> Manifest | None:
@@ -126,6 +124,10 @@ def check_same(before: dict[str, Any], now: dict[str, Any], where: str, advice: 
 
 
 def publish(job: Job) -> Manifest:
+    """Give a whole data set its name. What may be left of a former try is removed first."""
+    for rows in job.partial.glob(f"*/{ROWS}"):
+        rows.unlink()
+        fsync_folder(rows.parent)
     if job.out.exists():
         job.out.rmdir()  # an empty folder of that name
     job.partial.rename(job.out)

@@ -5,6 +5,7 @@ whatever the order in which they are done, so the bytes do not depend on the num
 """
 
 import multiprocessing
+import os
 import sys
 import time
 from collections import deque
@@ -41,7 +42,7 @@ from shared.manifest import (
 from shared.progress import Progress, duration
 from shared.provenance import provenance, utc_now
 from shared.shards import TOKEN_BYTES
-from shared.stop import Interrupted, Stop
+from shared.stop import Stop
 from shared.tokenizer import Tokenizer
 
 PACKAGES = ("numpy", "pyarrow", "sentencepiece", "zstandard")
@@ -60,6 +61,7 @@ def build(
             return manifest
         stamps = {name: source.path(name).stat().st_mtime_ns for name in source.names}
         job = Job(spec, source, hash_files(source), tokenizer, settings, out)
+        stop.check(f"{out}: interrupted before anything was done; the same command starts again")
         prepare(job, restart)
         if (job.partial / MANIFEST).exists() and not (job.partial / JOURNAL).exists():
             return publish(job)  # a former start was killed right before its last step
@@ -80,7 +82,7 @@ class _Build:
         )
         self.encoder = Encoder(job.tokenizer)
         self.make_worker = partial(Worker, source, stamps, self.encoder, settings.seed, settings.holdout_threshold())
-        self.writer = Writer(job.partial, job.config(), self.budget, settings.shard_tokens, self.encoder.text_bytes)
+        self.writer = Writer(job.partial, self.budget, settings.shard_tokens, self.encoder.text_bytes)
         left = sum(self.writer.room.left.values())
         require_space(job.partial, left * TOKEN_BYTES, f"building {job.out.name}")
         self.progress = Progress()
@@ -91,8 +93,7 @@ class _Build:
 
     def run(self) -> Manifest:
         self._announce()
-        self.writer.begin()
-        with self.stop.listening(), _pool(self.workers, self.make_worker) as pool:
+        with _pool(self.workers, self.make_worker) as pool:
             for step, result in self._results(pool):
                 self.text_bytes += result.text_bytes
                 cursor = self.plan.after(step, result.next_row)
@@ -100,14 +101,14 @@ class _Build:
                 self.progress.show(self._line)
                 if self.writer.room.full:
                     break
-                if self.stop:
-                    raise Interrupted(f"{self.job.partial}: interrupted; the same command goes on where it stopped")
-        self.progress.show(self._line, now=True)
-        self.progress.clear()
-        self.writer.close()
-        if not self.writer.room.full:
-            raise ValueError(self._too_small())
-        return self._finish()
+                self.stop.check(f"{self.job.partial}: interrupted; the same command goes on where it stopped")
+            pool.shutdown(wait=False, cancel_futures=True)  # what is still under way is not needed
+            self.progress.show(self._line, now=True)
+            self.progress.clear()
+            self.writer.close()
+            if not self.writer.room.full:
+                raise ValueError(self._too_small())
+            return self._finish()
 
     def _results(self, pool: Executor) -> Iterator[tuple[Step, Result]]:
         """Steps and what they gave, in order, with `2 x workers` of them under way."""
@@ -203,7 +204,7 @@ class _Build:
         write_durably(folder / TOKENIZER, job.tokenizer.model)
         write_durably(folder / BUILD, text_of(seal(self._build_record(indexes), "sha256")))
         write_durably(folder / MANIFEST, text_of(seal(manifest_dict(unsealed), "id")))
-        self.writer.remove_scaffolding()
+        self.writer.end()
         return publish(job)
 
     def _build_record(self, indexes: dict[str, Any]) -> dict[str, Any]:
@@ -224,10 +225,8 @@ class _Build:
 def _pool(workers: int, make: "partial[Worker]") -> Iterator[ProcessPoolExecutor]:
     """Worker processes. They are forked where that is safe: they then share the encoder's tables."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    reader, writer = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, initializer=worker.start, initargs=(make, reader, writer))
+    pool = ProcessPoolExecutor(workers, context, initializer=worker.start, initargs=(make, os.getpid()))
     try:
         yield pool
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        writer.close()  # the workers leave what they are at, nobody needs it
+        pool.shutdown(cancel_futures=True)

@@ -121,9 +121,6 @@ class SplitWriter:
                 os.close(fd)
         self._shard = self._rows = None
 
-    def remove_rows(self) -> None:
-        (self._folder / self._split / ROWS).unlink(missing_ok=True)
-
     def _append_tokens(self, data: memoryview) -> None:
         while len(data):
             room = self._shard_size() - self.tokens % self._shard_tokens

@@ -5,9 +5,9 @@ import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from prep.rows import RowReader
 from prep.sources import LocalSource, Unit
 
 PIECE_BYTES = 64 << 20  # text that one result holds at most, whatever the size of a unit
+ORPHAN_CHECK = 0.2  # seconds
 PARITY = 1000  # one document in so many is encoded by plain SentencePiece as well
 
 
@@ -109,16 +110,12 @@ def _hash_texts(text: pa.Array) -> list[bytes]:
 _worker: Worker
 
 
-def start(make: Callable[[], Worker], reader: Connection, writer: Connection) -> None:
-    """Set a worker process up: leave Ctrl-C to the parent, and do not outlive it.
-
-    Nothing is ever sent through the pipe. Once the parent closes its end, or dies, reading from it returns.
-    """
+def start(make: Callable[[], Worker], parent: int) -> None:
+    """Set a worker process up: leave Ctrl-C to the parent, and do not outlive it."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    writer.close()
-    threading.Thread(target=_follow, args=(reader,), daemon=True).start()
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     pa.set_cpu_count(1)
     _worker = make()
 
@@ -127,6 +124,8 @@ def run(unit: Unit, row: int) -> Result:
     return _worker.run(unit, row)
 
 
-def _follow(reader: Connection) -> None:
-    reader.poll(None)
-    os._exit(0)
+def _follow(parent: int) -> None:
+    """Leave once the parent is gone: it may have been killed, and the queue it left behind never ends."""
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK)
+    os._exit(1)

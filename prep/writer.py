@@ -5,8 +5,8 @@ file counts. A commit appends, fsyncs the files (and the folder of a new one), t
 fsynced, renamed, folder fsynced. What lies beyond the journal's lengths does not exist: the next start cuts it off. So
 each piece is either wholly in the data set or not at all, and the bytes do not depend on where the kills fell.
 
-At the end the index is written from its rows, then the other files, manifest.json last; rows and journal are removed,
-and the folder is renamed. A folder with a manifest and no journal lacks only that rename.
+At the end the index is written from its rows, then the other files, manifest.json last. Then the journal is removed: a
+folder with a manifest and no journal is whole, and only its rows must go and its name change (`job.publish`).
 """
 
 import json
@@ -31,17 +31,13 @@ class Writer:
     """All splits of a build and their journal. The only thing that writes."""
 
     def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        budget: dict[str, int],
-        shard_tokens: int,
-        text_bytes: Callable[[Ids], int],
+        self, folder: Path, budget: dict[str, int], shard_tokens: int, text_bytes: Callable[[Ids], int]
     ) -> None:
         self.folder = folder
         self._text_bytes = text_bytes
-        journal = _read_journal(folder) or {"config": config}
-        self._config = config
+        journal = _read_journal(folder)
+        assert journal is not None, "a build starts with its journal"
+        self._config = journal["config"]
         self.cursor = Cursor(**journal.get("cursor", {}))
         self.seconds: float = journal.get("seconds", 0.0)
         self.starts: int = journal.get("starts", 0) + 1
@@ -71,19 +67,12 @@ class Writer:
             writer.sync()
         self._write_journal()
 
-    def begin(self) -> None:
-        """Say in the journal that this start happened and what it builds."""
-        self._write_journal()
-
     def close(self) -> None:
         for writer in self.splits.values():
             writer.close()
 
-    def remove_scaffolding(self) -> None:
-        """Take away what only the build needed; the journal last."""
-        for split, writer in self.splits.items():
-            writer.remove_rows()
-            fsync_folder(self.folder / split)
+    def end(self) -> None:
+        """Give the journal up: from here on the folder only lacks `job.publish`."""
         (self.folder / JOURNAL).unlink()
         fsync_folder(self.folder)
 
@@ -114,7 +103,11 @@ class Writer:
             "skipped": self.skipped,
             "splits": {split: writer.state() for split, writer in self.splits.items()},
         }
-        write_durably(self.folder / JOURNAL, json.dumps(state, ensure_ascii=False).encode())
+        write_journal(self.folder, state)
+
+
+def write_journal(folder: Path, state: dict[str, Any]) -> None:
+    write_durably(folder / JOURNAL, json.dumps(state, ensure_ascii=False).encode())
 
 
 def journal_config(folder: Path) -> dict[str, Any] | None:

@@ -30,6 +30,11 @@ class Stop:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def check(self, message: str) -> None:
+        """Raise Interrupted with `message` if a signal has come."""
+        if self:
+            raise Interrupted(message)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             os._exit(INTERRUPTED)
@@ -57,9 +62,12 @@ def run_cli(command: click.Command, name: str) -> NoReturn:
     keeps its traceback.
     """
     try:
-        result = command.main(prog_name=name, standalone_mode=False)
+        with command.make_context(name, sys.argv[1:]) as context:
+            result = command.invoke(context)
         code = result if isinstance(result, int) else DONE
         sys.stdout.flush()
+    except click.exceptions.Exit as done:
+        code = done.exit_code
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else name
         code = _say(f"{error.format_message()} (see {path} --help)", USAGE)
