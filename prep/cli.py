@@ -1,5 +1,6 @@
 """python -m prep: the commands. Thin: each imports what it runs, so that --help is quick."""
 
+import json
 import os
 from pathlib import Path
 
@@ -71,6 +72,60 @@ def tokenize(
         f"skipped: {skipped.empty:,} empty, {skipped.in_val:,} in val, {skipped.after_full:,} after train was full"
     )
     click.echo(f"id: {manifest.id}")
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--deep", type=click.IntRange(min=0), default=0, help="also encode this many documents anew")
+@click.option("--source", default=None, help="where --deep finds the source [default: where it was]")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object and nothing else")
+def verify(folder: Path, deep: int, source: str | None, as_json: bool) -> int:
+    """Hash and check every file of the data set FOLDER; name all that are bad."""
+    from prep.verify import verify as verify_
+
+    result = verify_(folder, deep=deep, source=source)
+    if as_json:
+        click.echo(json.dumps(result.json(), ensure_ascii=False))
+    for problem in [] if as_json else result.bad:
+        click.echo(f"{problem.file}: {problem.problem}")
+    if not result.ok:
+        files = ", ".join(problem.file for problem in result.bad)
+        raise click.ClickException(f"{folder}: bad: {files}; copy the data set again or tokenize again")
+    if not as_json:
+        again = f", {result.reencoded} documents encoded anew" if deep else ""
+        click.echo(f"{folder}: every file is as recorded{again}; id: {result.id}")
+    return 0
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--token", type=int, default=None, help="index of a token in the split")
+@click.option("--sequence", type=int, default=None, help="index of a sequence in the split")
+@click.option("--split", type=click.Choice(["train", "val"]), default="train", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object and nothing else")
+def inspect(folder: Path, token: int | None, sequence: int | None, split: str, as_json: bool) -> None:
+    """Show the text at a token or in a sequence of the data set FOLDER, and where it comes from."""
+    if (token is None) == (sequence is None):
+        raise click.UsageError("give either --token or --sequence", click.get_current_context())
+    from prep.inspect import inspect as inspect_
+
+    view = inspect_(folder, split, token=token, sequence=sequence)
+    for line in [json.dumps(view.json(), ensure_ascii=False)] if as_json else view.lines():
+        click.echo(line)
+
+
+@main.command("sample-corpus")
+@click.option("--out", required=True, type=FOLDER, help="folder for the corpus and its tokenizer.model")
+def sample_corpus(out: Path) -> None:
+    """Write an offline stand-in for FineWeb-Edu: English prose that this Python installation holds."""
+    from prep.sample_corpus import write_sample_corpus
+
+    sample = write_sample_corpus(out)
+    what = "wrote" if sample.new else "already complete:"
+    click.echo(
+        f"{out}: {what} {sample.documents:,} documents, {sample.characters:,} characters, {sample.tokens:,} tokens"
+    )
+    click.echo(f"use it with --source {out} --tokenizer {out / 'tokenizer.model'}")
 
 
 def _cores() -> int:

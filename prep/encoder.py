@@ -21,7 +21,6 @@ The dummy prefix is a space before the text, and a part alone has none: parts ar
 two guards are the ids of the part between them.
 """
 
-import functools
 import itertools
 from dataclasses import dataclass
 
@@ -31,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prep.sentencepiece_model import unsafe_reason
-from shared.tokenizer import SPACE, Tokenizer, piece_bytes
+from shared.tokenizer import SPACE, Tokenizer, has_dummy_prefix, piece_bytes
 
 BLOCK_BYTES = 32 << 20  # text that is cut and looked up at once: longer blocks have fewer distinct parts
 CACHE_PARTS = 1 << 19  # distinct parts remembered from block to block, and
@@ -65,7 +64,7 @@ class Encoder:
         self._processor = tokenizer.processor
         self._bos, self._eos = tokenizer.identity.bos_id, tokenizer.identity.eos_id
         self._piece_bytes = piece_bytes(tokenizer.processor)
-        self._prefix = _dummy_prefix(tokenizer)
+        self._prefix = has_dummy_prefix(tokenizer.processor)
         self.slow_reason = unsafe_reason(tokenizer)  # why SentencePiece encodes whole documents here, if it does
         if self.slow_reason is not None:
             return
@@ -226,12 +225,6 @@ def _find_guard(tokenizer: Tokenizer) -> str | None:
     return next((c for c in GUARDS if c not in joined), None)
 
 
-def _dummy_prefix(tokenizer: Tokenizer) -> bool:
-    """Whether SentencePiece puts a space before every text."""
-    first = tokenizer.processor.encode("a", out_type=str)[0]
-    return bool(first.startswith(SPACE))
-
-
 def _blocks(texts: pa.Array) -> list[pa.Array]:
     """Consecutive documents of at most BLOCK_BYTES each, or a single longer one."""
     if isinstance(texts, pa.ChunkedArray):
@@ -265,9 +258,3 @@ def _data(array: pa.Array) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]
     first, last = int(offsets[0]), int(offsets[-1])
     data = np.frombuffer(array.buffers()[2], dtype=np.uint8)[first:last]
     return data, (offsets - first).astype(np.int32, copy=False)
-
-
-@functools.lru_cache(maxsize=1)
-def encoder_of(tokenizer: Tokenizer) -> Encoder:
-    """The encoder of a process: building it takes the safety proof, its cache grows with use."""
-    return Encoder(tokenizer)
