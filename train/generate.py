@@ -58,7 +58,9 @@ def check(prompt: Sequence[int], temperature: float, top_p: float, length: int) 
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One id from logits (V,)."""
+    """One id from logits (V,). ValueError when they are not finite, as a diverged model's may be."""
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: it has diverged and cannot be sampled from")
     if temperature == 0:
         return int(logits.argmax())
     probabilities, ids = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)

@@ -5,6 +5,7 @@ numbers of its own and changes nothing in the run.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ TEMPERATURE, TOP_P = 0.8, 0.95
 def sample_records(
     model: Model, tokenizer: Tokenizer, *, step: int, length: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """The lines of samples.jsonl for the model after update `step`, one by one."""
+    """The lines of samples.jsonl for the model after update `step`, one by one; the text is None if it diverged."""
     for i, prompt in enumerate(PROMPTS):
         ids = encode(tokenizer, prompt)[: length // 2]  # only a toy length cuts a prompt
         generator = torch.Generator().manual_seed(seed + i)
-        text = continued(model, tokenizer, ids, TOKENS, length, TEMPERATURE, TOP_P, generator)
+        text: str | None = None
+        with suppress(ValueError):
+            text = continued(model, tokenizer, ids, TOKENS, length, TEMPERATURE, TOP_P, generator)
         yield {"step": step, "prompt": prompt, "text": text}
 
 

@@ -113,10 +113,11 @@ class Training:
             self.logs.anomaly(line)
         self.console.step(record, self.target)
         if self.anomalies.too_many:
+            saved = self.saver.last_step
             raise TooManyAnomalies(
                 f"{self.folder.path}: stopped at step {n:,}: {LIMIT} steps in a row had no finite loss and gradient; "
-                f"the last checkpoint is that of step {self.saver.last_step:,}; see anomalies.jsonl, and start another "
-                "run with a lower schedule.peak_lr"
+                + (f"the last checkpoint is that of step {saved:,}; " if saved else "there is no checkpoint yet; ")
+                + "see anomalies.jsonl, and start another run with a lower schedule.peak_lr"
             )
 
     def _timing(self) -> dict[str, Any]:

@@ -137,7 +137,25 @@ def forget(piece: str) -> None:
     training.checkpoint.load = trained.checkpoint.load = load  # type: ignore[attr-defined]
 
 
-FAULTS = {f.__name__: f for f in (kill_at, fail_writes, signal_in, poison, draw, short_window, forget)}
+def only_val() -> None:
+    """Whoever opens another split than val fails."""
+    real = manifest.open_stream
+
+    def open_stream(folder: Any, found: Any, split: str) -> Any:
+        assert split == "val", "the train split was opened"
+        return real(folder, found, split)
+
+    trained.open_stream = open_stream  # type: ignore[attr-defined]
+
+
+def threads(number: int) -> None:
+    """Another machine: torch would use so many threads here."""
+    torch.set_num_threads(number)
+
+
+FAULTS = {
+    f.__name__: f for f in (threads, only_val, kill_at, fail_writes, signal_in, poison, draw, short_window, forget)
+}
 
 
 def child(request: dict[str, Any]) -> None:
