@@ -97,7 +97,8 @@ class _Build:
             for step, result in self._results(pool):
                 self.text_bytes += result.text_bytes
                 cursor = self.plan.after(step, result.next_row)
-                self.writer.commit(result, step.unit.file, cursor, self._seconds())
+                with _writing(self.job.partial):
+                    self.writer.commit(result, step.unit.file, cursor, self._seconds())
                 self.progress.show(self._line)
                 if self.writer.room.full:
                     break
@@ -108,7 +109,8 @@ class _Build:
             self.writer.close()
             if not self.writer.room.full:
                 raise ValueError(self._too_small())
-            return self._finish()
+            with _writing(self.job.partial):
+                return self._finish()
 
     def _results(self, pool: Executor) -> Iterator[tuple[Step, Result]]:
         """Steps and what they gave, in order, with `2 x workers` of them under way."""
@@ -219,6 +221,16 @@ class _Build:
             "indexes": indexes,
             "provenance": provenance(PACKAGES),
         }
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say of a failed write where it was and that nothing is lost: a write has no file name of its own."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"{folder}: {reason}; nothing is lost: make room, and the same command goes on") from error
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class Worker:
 
     def _check_unchanged(self, name: str) -> None:
         path = self._source.path(name)
-        if path.stat().st_mtime_ns != self._stamps[name]:
+        if not path.exists() or path.stat().st_mtime_ns != self._stamps[name]:
             raise ValueError(f"{path}: changed while it was being read; start again with --restart")
 
     def _check_parity(self, text: pa.Array, tokens: Ids, offsets: Offsets, hashes: list[bytes], file: str) -> int:
