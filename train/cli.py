@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from shared.stop import ANOMALIES, DONE, Stop, one_line
+from shared.stop import ANOMALIES, DONE, INTERRUPTED, Interrupted, Stop, one_line
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -42,6 +42,7 @@ def run(
     Ctrl-C is safe: the state is saved first. Exit codes: 0 done, 1 failed, 3 stopped on anomalies, 75 interrupted.
     """
     with Stop().listening() as stop:
+        from train.distributed import is_writer
         from train.run import Request
         from train.run import run as run_training
         from train.training import TooManyAnomalies
@@ -50,8 +51,13 @@ def run(
         try:
             run_training(request, stop)
         except TooManyAnomalies as error:
-            _say_on_stderr(f"error: {error}")
+            if is_writer():
+                _say_on_stderr(f"error: {error}")
             return ANOMALIES
+        except Interrupted:
+            if is_writer():
+                raise
+            return INTERRUPTED
     return DONE
 
 
