@@ -11,52 +11,63 @@ exact in int32 and in fp32, in whatever order a kernel adds. So all paths of `in
 Shapes: M tokens, K in features, N out features, S segments (q, k, v fused in one matrix are three).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 SMALLEST_SCALE = 1e-5
 
 
+Derived = tuple[Tensor, Tensor, Tensor]
+
+
 class BitLinear(nn.Module):
     """y = x W^T with quantised x and W, no bias. `segments` are the out features of the fused matrices, in order.
 
-    `weight` (N, K) is the full-precision latent. `codes` (N, K) and `scale` (N,) are derived from it by `quantize`,
-    which the owner calls after every change of the weight; `forward` asserts that it was called.
+    `weight` (N, K) is the full-precision latent. From it `quantize` derives what the products use: `codes` (N, K),
+    `scale` (N,) and `quantized` = codes x scale (N, K) in the compute dtype. The owner calls it after every change of
+    the weight, and may assert `fresh`.
     """
 
     def __init__(self, in_features: int, segments: tuple[int, ...], compute: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.segments, self.compute = in_features, segments, compute
         self.weight = nn.Parameter(torch.empty(sum(segments), in_features))
-        self.codes: Tensor | None = None
-        self.scale: Tensor | None = None
+        self.codes = self.scale = self.quantized = torch.empty(0)
+        self.derive: Callable[[Tensor, tuple[int, ...], torch.dtype], Derived] = derive  # or the same, compiled
         self._version = -1
 
     @torch.no_grad()
     def quantize(self) -> None:
-        """Rebuild codes and scale from the weight."""
-        codes, scale = quantize_weight(self.weight, self.segments)
-        self.codes, self.scale = codes.to(code_dtype(self.weight.device)), scale
+        """Rebuild what is derived from the weight."""
+        self.codes, self.scale, self.quantized = self.derive(self.weight, self.segments, self.compute)
         self._version = self.weight._version
 
     @property
     def fresh(self) -> bool:
-        """Whether the codes are those of the weight as it stands."""
-        return self.codes is not None and self._version == self.weight._version
+        """Whether the codes are those of the weight as it stands, where it stands."""
+        return self._version == self.weight._version and self.codes.device == self.weight.device
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) of any float dtype -> (..., N) in the compute dtype."""
         y: Tensor = QuantizedProduct.apply(  # type: ignore[no-untyped-call]
-            x.flatten(0, -2), self.weight, self.codes, self.scale, self.compute
+            x.flatten(0, -2), self.weight, self.codes, self.scale, self.quantized
         )
         return y.view(*x.shape[:-1], -1)
+
+
+def derive(weight: Tensor, segments: tuple[int, ...], compute: torch.dtype) -> Derived:
+    """Codes in the dtype they are multiplied in, the scale of each row, and their product in the compute dtype."""
+    codes, scale = quantize_weight(weight, segments)
+    return codes.to(code_dtype(codes.device)), scale, (codes * scale[:, None]).to(compute)
 
 
 def quantize_weight(weight: Tensor, segments: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(N, K) -> codes (N, K) of -1, 0, 1 and each row's scale (N,), constant in a segment; both at least fp32."""
     rows = torch.split(weight.to(exact_dtype(weight.dtype)), list(segments))
     scales = [part.abs().mean().clamp(min=SMALLEST_SCALE) for part in rows]
-    codes = [(part * (1 / s)).round().clamp(-1, 1) for part, s in zip(rows, scales, strict=True)]
+    codes = [(part * (1 / s)).round_().clamp_(-1, 1) for part, s in zip(rows, scales, strict=True)]
     return torch.cat(codes), torch.cat([s.expand(n) for s, n in zip(scales, segments, strict=True)])
 
 
@@ -64,23 +75,23 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """(M, K) -> integer codes (M, K) and g/127 of each token (M, 1); both at least fp32."""
     x = x.to(exact_dtype(x.dtype))
     largest = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
-    return (x * (127 / largest)).round().clamp(-128, 127), largest / 127
+    return (x * (127 / largest)).round_().clamp_(-128, 127), largest / 127
 
 
 def integer_product(x_codes: Tensor, w_codes: Tensor) -> Tensor:
     """(M, K) x (N, K) -> (M, N) exact sums, in int32 for int8 codes, else in fp32; never rounded to bf16."""
     if w_codes.dtype == torch.int8:
         return torch._int_mm(x_codes, w_codes.t())
-    if w_codes.dtype == torch.bfloat16:
-        return product_in_fp32(x_codes, w_codes.t())
-    return x_codes @ w_codes.t()
+    if w_codes.dtype == torch.bfloat16 and not w_codes.is_cuda:
+        return x_codes.float() @ w_codes.float().t()
+    return product(x_codes, w_codes.t())
 
 
-def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) x (K, N) -> (M, N) in fp32, accumulated in fp32, for bf16 operands."""
-    if a.is_cuda:
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """(M, K) x (K, N) -> (M, N), accumulated in fp32; on CUDA it leaves as fp32 also where the operands are bf16."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return a @ b
 
 
 def code_dtype(device: torch.device) -> torch.dtype:
@@ -98,7 +109,10 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """The forward product on integers, and the gradients of the same formula with rounding taken as the identity."""
+    """The forward product on integers; the gradients of the same formula with rounding taken as the identity.
+
+    Straight-through, y = x_q W_q^T has the gradients g W_q and g^T x_q, with x_q = x^ g/127 and W_q = W^ s.
+    """
 
     @staticmethod
     def forward(
@@ -106,22 +120,19 @@ class QuantizedProduct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         w_codes: Tensor,
-        scale: Tensor,
-        compute: torch.dtype,
+        w_scale: Tensor,
+        w_quantized: Tensor,
     ) -> Tensor:
+        compute = w_quantized.dtype
         x_codes, x_scale = quantize_activations(x)
-        x_codes = x_codes.to(w_codes.dtype)
-        ctx.save_for_backward(x_codes, x_scale, w_codes, scale)
-        ctx.compute, ctx.x_dtype = compute, x.dtype  # type: ignore[attr-defined]
-        return (integer_product(x_codes, w_codes) * x_scale * scale).to(compute)
+        sums = integer_product(x_codes.to(w_codes.dtype), w_codes)
+        ctx.save_for_backward((x_codes * x_scale).to(compute), w_quantized)
+        ctx.x_dtype = x.dtype  # type: ignore[attr-defined]
+        return (sums * x_scale).mul_(w_scale).to(compute)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes, x_scale, w_codes, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        compute = ctx.compute  # type: ignore[attr-defined]
-        # Both products need the gradient; scaling it once serves both, since grad_w can be unscaled row by row.
-        g = (grads[0] * scale).to(compute)
-        grad_x = g @ w_codes.to(compute)
-        x = (x_codes * x_scale).to(compute)
-        grad_w = (g.t() @ x).to(scale.dtype) / scale[:, None]
-        return grad_x.to(ctx.x_dtype), grad_w, None, None, None  # type: ignore[attr-defined]
+        x_quantized, w_quantized = ctx.saved_tensors  # type: ignore[attr-defined]
+        (g,) = grads
+        grad_x = (g @ w_quantized).to(ctx.x_dtype)  # type: ignore[attr-defined]
+        return grad_x, product(g.t(), x_quantized).to(exact_dtype(g.dtype)), None, None, None

@@ -1,20 +1,41 @@
 """Cross-entropy over the tied head, a chunk of tokens at a time, so that (tokens, vocabulary) logits never stand whole.
 
-The gradient of a chunk is known as soon as its logits are: it is formed in the forward pass, so that nothing is
-computed twice (as in Liger Kernel, arXiv 2410.10989).
+The gradient of a chunk is known as soon as its logits are: it is formed in the forward pass and takes their place, so
+that nothing is computed twice (as in Liger Kernel, arXiv 2410.10989). The softmax is in fp32 whatever the products are.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from train.bitlinear import exact_dtype
+from train.bitlinear import exact_dtype, product
 
-CHUNK = 1024  # tokens; their logits over 32,000 ids are 131 MB in fp32
+CHUNK = 4096  # tokens to a product: few, since each adds a whole (V, C) gradient; 4096 x 32,000 logits are 524 MB
+CACHED = 64  # tokens to a softmax on a CPU: their logits stay in its cache
+
+Softmax = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """hidden (M, C) in the compute dtype, head (V, C), labels (M,) int64 -> mean nats, a scalar in fp32 or wider."""
-    loss: Tensor = ChunkedCrossEntropy.apply(hidden, head, labels)  # type: ignore[no-untyped-call]
+def softmax_slope(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Losses (m,) in fp32 or wider of logits (m, V) and labels (m,), and their slope (m, V) in `dtype`.
+
+    The slope is the derivative by the logits: softmax - 1 at the label.
+    """
+    log_p = torch.log_softmax(logits.to(exact_dtype(logits.dtype)), -1)
+    losses = -log_p.gather(1, labels[:, None])
+    slope = log_p.exp_().to(dtype)
+    slope.scatter_(1, labels[:, None], torch.expm1(-losses).to(dtype))  # p - 1 without cancellation
+    return losses.squeeze(1), slope
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, softmax: Softmax = softmax_slope) -> Tensor:
+    """hidden (M, C) in the compute dtype, head (V, C), labels (M,) int64 -> mean nats, a scalar in fp32 or wider.
+
+    `softmax` is `softmax_slope`, compiled or not.
+    """
+    loss: Tensor = ChunkedCrossEntropy.apply(hidden, head, labels, softmax)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -22,28 +43,33 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass over the chunks."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        exact = exact_dtype(hidden.dtype)
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, head: Tensor, labels: Tensor, softmax: Softmax
+    ) -> Tensor:
         weight = head.to(hidden.dtype)
         wanted = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_head = torch.zeros(head.shape, dtype=exact, device=head.device) if wanted else None
-        total = torch.zeros((), dtype=exact, device=hidden.device)
-        for start in range(0, len(hidden), CHUNK):
-            h, y = hidden[start : start + CHUNK], labels[start : start + CHUNK]
-            logits = (h @ weight.t()).to(exact)  # (chunk, V)
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(1, y[:, None])).sum()
-            if grad_hidden is not None and grad_head is not None:
-                slope = (logits - normaliser).exp_().div_(len(hidden))  # softmax / M, minus one / M at the label
-                slope.scatter_add_(1, y[:, None], torch.full_like(normaliser, -1 / len(hidden)))
-                slope = slope.to(hidden.dtype)
-                grad_hidden[start : start + CHUNK] = slope @ weight
-                grad_head += slope.t() @ h
-        ctx.save_for_backward(*(g for g in (grad_hidden, grad_head) if g is not None))
-        return total / len(hidden)
+        losses, grads_hidden, grad_head = [], [], torch.empty(0)
+        for h, y in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):
+            logits = product(h, weight.t())  # (chunk, V)
+            block = CACHED if logits.device.type == "cpu" else CHUNK
+            parts = list(zip(torch.split(logits, block), torch.split(y, block), strict=True))
+            if not wanted:
+                losses += [
+                    F.cross_entropy(part.to(exact_dtype(part.dtype)), to, reduction="none") for part, to in parts
+                ]
+                continue
+            done = [softmax(part, to, h.dtype) for part, to in parts]
+            losses += [loss for loss, _ in done]
+            slope = torch.cat([slope for _, slope in done]) if len(done) > 1 else done[0][1]
+            grads_hidden.append(slope @ weight)
+            share = product(slope.t(), h).to(exact_dtype(h.dtype))
+            grad_head = grad_head.add_(share) if len(grads_hidden) > 1 else share
+        if wanted:
+            ctx.save_for_backward(torch.cat(grads_hidden), grad_head)
+        return torch.cat(losses).mean()
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_hidden * grads[0], grad_head * grads[0], None
+        each = grads[0] / len(grad_hidden)
+        return (grad_hidden * each).to(grad_hidden.dtype), grad_head * each, None, None

@@ -63,7 +63,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
         raise ValueError("the model's logits are not finite: it has diverged and cannot be sampled from")
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, ids = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    probabilities, ids = ((logits.double() - logits.max()) / temperature).softmax(-1).sort(descending=True, stable=True)
     above = probabilities.cumsum(-1) - probabilities  # what the likelier ids hold together
     kept = probabilities[above < top_p]
     return int(ids[torch.multinomial(kept, 1, generator=generator)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from train.bitlinear import BitLinear, exact_dtype
 from train.config import ModelConfig
-from train.cross_entropy import cross_entropy
+from train.cross_entropy import Softmax, cross_entropy, softmax_slope
 
 KEYS_VALUES = tuple[Tensor, Tensor]  # of one layer, each (B, G, positions so far, D)
 
@@ -30,6 +30,7 @@ class Model(nn.Module):
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden))  # tied: also the head
         self.layers = nn.ModuleList(Block(config, compute) for _ in range(config.layers))
         self.norm = Norm(config.hidden, config.norm_eps)
+        self.softmax: Softmax = softmax_slope  # or the same, compiled
         counts = self.num_parameters()
         assert sum(counts.values()) == sum(p.numel() for p in self.parameters())
         assert config != ModelConfig() or sum(counts.values()) == 95_367_936
@@ -42,7 +43,7 @@ class Model(nn.Module):
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """(B, T) and (B, T) int64 -> mean cross-entropy in nats, a scalar in fp32; logits never stand whole."""
         hidden = self.hidden_states(tokens, None)
-        return cross_entropy(hidden.flatten(0, 1).to(self.compute), self.embedding, labels.flatten())
+        return cross_entropy(hidden.flatten(0, 1).to(self.compute), self.embedding, labels.flatten(), self.softmax)
 
     def hidden_states(self, tokens: Tensor, cache: "Cache | None") -> Tensor:
         """(B, T) int64 -> (B, T, C), normed."""

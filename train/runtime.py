@@ -3,6 +3,7 @@
 Each field can change bits, so together they belong to a run's identity. Nothing here knows about data or files.
 """
 
+import ctypes
 import os
 import resource
 import sys
@@ -98,6 +99,8 @@ def prepare(runtime: Runtime, local_rank: int = 0) -> torch.device:
     torch.set_float32_matmul_precision("highest")
     if runtime.deterministic:
         _make_deterministic()
+    if runtime.device == "cpu":
+        _keep_memory()
     if runtime.device == "cuda":
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.cuda.set_device(local_rank)
@@ -115,15 +118,32 @@ def _make_deterministic() -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
+def _keep_memory() -> None:
+    """Have glibc keep freed memory for the next tensor: given back, it comes page by page: a quarter of a step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
+    mallopt(-2, 64 << 20)  # M_TOP_PAD: grow by this much
+
+
 def compile_model(model: Model) -> None:
-    """Compile each block: alike as they are, they share one compilation. Kernels are not chosen by timing them."""
+    """Compile each block: alike as they are, they share one compilation.
+
+    Nothing about the result depends on what ran before: each shape has its own kernels, and none is chosen by timing.
+    """
     from torch._inductor import config as inductor  # slow to import, and only needed here
 
     inductor.dynamic_scale_rblock = False  # would time two sizes of a reduction and change its order of adding
     if hasattr(inductor, "deterministic"):  # torch >= 2.9
         inductor.deterministic = True
     for layer in model.layers:
-        layer.compile()
+        layer.compile(dynamic=False)
+    for linear in model.bitlinears():
+        linear.derive = torch.compile(linear.derive, dynamic=False)
+    model.softmax = torch.compile(model.softmax, dynamic=False)
 
 
 @contextmanager
