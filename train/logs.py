@@ -1,7 +1,5 @@
 """The three logs of a run as one: what they hold at a step, cut back to a checkpoint, appended to by rank 0 alone."""
 
-from collections.abc import Sequence
-
 from train import distributed, metrics, samples
 from train.metrics import Log, Record, Sink
 from train.run_folder import RunFolder
@@ -13,9 +11,10 @@ class Logs:
     `evaluated` and `sampled` are the last steps whose evaluation and samples are there, 0 for none.
     """
 
-    def __init__(self, folder: RunFolder, sinks: Sequence[Sink] = ()) -> None:
-        self._folder, self._sinks = folder, sinks
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
         self._open: list[Log] = []
+        self.sinks: list[Sink] = []  # whom metrics are also shown to
         self.evaluated = self.sampled = 0
 
     def examine(self, step: int, anomalies: int) -> None:
@@ -51,7 +50,7 @@ class Logs:
 
     def metric(self, record: Record) -> None:
         self._append(0, record)
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.add(record)
 
     def anomaly(self, record: Record) -> None:
@@ -68,7 +67,7 @@ class Logs:
     def close(self) -> None:
         for log in self._open:
             log.close()
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.close()
         self._open = []
 

@@ -107,12 +107,13 @@ class Sink(Protocol):
 class TensorBoard:
     """The numbers of metrics.jsonl as TensorBoard events, under <kind>/<name>. Needs the extra `tensorboard`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """ValueError without that package. What a killed run wrote from `first_step` on is not shown."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def add(self, record: Record) -> None:
         for name, value in {**record, **record["timing"]}.items():

@@ -20,7 +20,7 @@ from train.config import Config
 from train.console import Console
 from train.logs import Logs
 from train.loop import Loop
-from train.metrics import Sink, TensorBoard
+from train.metrics import TensorBoard
 from train.model import Model
 from train.order import Order
 from train.run_folder import Facts, RunFolder, require_same
@@ -62,7 +62,7 @@ def run(request: Request, stop: Stop) -> None:
         point = resume_point(folder, console)
         tokenizer = load_tokenizer(request.data / TOKENIZER, manifest.tokenizer.sha256)
         validation = open_stream(request.data, manifest, "val") if "val" in manifest.splits else None
-        logs = Logs(folder, sinks(request, folder))
+        logs = Logs(folder)
         training = Training(folder, facts, loop, logs, validation, tokenizer, console, stop)
         training.resume(point)
         if not training.has_work(target):
@@ -70,6 +70,8 @@ def run(request: Request, stop: Stop) -> None:
                 f"{folder.path}: step {training.step:,} is done and saved; nothing left to do up to step {target:,}"
             )
             return
+        if request.tensorboard and distributed.is_writer():
+            logs.sinks.append(TensorBoard(folder.path / "tensorboard", training.step + 1))
         entry = start_entry(request, facts, stored, training.step, target)
         if distributed.is_writer():
             folder.write_facts(facts)
@@ -182,11 +184,6 @@ def resume_point(folder: RunFolder, console: Console) -> Path | None:
         point = checkpoint.newest(folder.checkpoints, aside)
     distributed.barrier()
     return point if distributed.is_writer() else checkpoint.newest(folder.checkpoints, lambda folder, problem: None)
-
-
-def sinks(request: Request, folder: RunFolder) -> list[Sink]:
-    wanted = request.tensorboard and distributed.is_writer()
-    return [TensorBoard(folder.path / "tensorboard")] if wanted else []
 
 
 def start_entry(request: Request, facts: Facts, stored: Facts | None, first: int, target: int) -> dict[str, Any]:

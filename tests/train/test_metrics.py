@@ -2,14 +2,16 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.metrics import Log, cut, read, train_record
+from train.metrics import Log, TensorBoard, cut, read, train_record
 
 
 def write(path: Path, *records: dict[str, Any]) -> None:
@@ -98,3 +100,36 @@ def test_a_full_disk_names_the_log() -> None:
     with pytest.raises(OSError, match="/dev/full: No space left"):
         log.append({"step": 1})
     log.close()
+
+
+def test_tensorboard_is_shown_the_same_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shown: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert (folder, purge_step) == (str(tmp_path), 3)
+
+        def add_scalar(self, *what: Any) -> None:
+            shown.append(what)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    board = TensorBoard(tmp_path, 3)
+    board.add(train_record(3, 96, 2.5, 1e-3, 0.1, 0.5, {"ms": 7.0, "mfu": None, "time": "now"}))
+    board.close()
+    assert shown == [
+        ("train/tokens", 96, 3),
+        ("train/loss", 2.5, 3),
+        ("train/lr", 1e-3, 3),
+        ("train/weight_decay", 0.1, 3),
+        ("train/grad_norm", 0.5, 3),
+        ("train/skipped", False, 3),
+        ("train/ms", 7.0, 3),
+    ]
+
+
+def test_tensorboard_missing_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        TensorBoard(tmp_path, 1)
