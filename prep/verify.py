@@ -113,7 +113,7 @@ def _check_split(
             _require_disjoint(folder)
     except ValueError as error:
         return [Problem(name, _less_path(error, folder / name))]
-    return list(_check_frames(split, manifest, starts, scans, bad))
+    return list(_check_frames(split, manifest, starts, scans))
 
 
 def _starts(folder: Path, split: str, manifest: Manifest) -> Positions:
@@ -153,7 +153,7 @@ def _require_disjoint(folder: Path) -> None:
 
 
 def _check_frames(
-    split: str, manifest: Manifest, starts: Positions, scans: Mapping[str, ShardScan], bad: Collection[str]
+    split: str, manifest: Manifest, starts: Positions, scans: Mapping[str, ShardScan]
 ) -> Iterator[Problem]:
     """`<s>` stands where documents start and `</s>` where complete ones end, and nowhere else."""
     stated = manifest.splits[split]
@@ -164,7 +164,7 @@ def _check_frames(
     for shard in stated.shards:
         for piece, wanted, found in (("<s>", starts, scans[shard.file].starts), ("</s>", ends, scans[shard.file].ends)):
             here = wanted[slice(*np.searchsorted(wanted, [first, first + shard.tokens]))] - first
-            if shard.file not in bad and not np.array_equal(here, found):
+            if not np.array_equal(here, found):
                 odd = int(np.setxor1d(here, found)[0])
                 where = "is missing at" if odd in here else "stands inside a document, at"
                 yield Problem(shard.file, f"{piece} {where} token {odd} of the shard")

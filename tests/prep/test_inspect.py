@@ -16,7 +16,7 @@ from prep.inspect import decode, inspect
 from prep.verify import verify
 from shared.manifest import load_manifest, open_stream
 from shared.tokenizer import Tokenizer, load_tokenizer
-from tests.prep.builds import CORPUS, GOLDEN, LLAMA, SOURCE, golden_rows, prep, tokenize_arguments
+from tests.prep.builds import CORPUS, GOLDEN, LLAMA, SOURCE, golden_rows, one_line_error, prep, tokenize_arguments
 
 MODELS = {name: load_tokenizer(GOLDEN / f"{name}.model") for name in ("tokenizer", "unigram", "user_symbols")}
 LENGTH = 128
@@ -129,6 +129,23 @@ def test_what_is_missing_is_told(data: Path, tmp_path: Path) -> None:
     (copy / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"manifest.json: missing"):
         inspect(copy, "train", token=0)
+
+
+def test_the_command_prints_the_same(data: Path) -> None:
+    done = prep("inspect", data, "--sequence", 7, "--split", "val", "--json")
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+    assert json.loads(done.stdout) == inspect(data, "val", sequence=7).json()
+    done = prep("inspect", data, "--token", 1234)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "\n".join(inspect(data, "train", token=1234).lines()) + "\n"
+
+
+def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path) -> None:
+    assert "only 0 to 76800" in one_line_error(prep("inspect", data, "--token", 76_801), 1)
+    assert "only 0 to 19" in one_line_error(prep("inspect", data, "--sequence", -1, "--split", "val"), 1)
+    assert "manifest.json: missing" in one_line_error(prep("inspect", tmp_path, "--token", 0), 1)
+    one_line_error(prep("inspect", data), 2)
+    one_line_error(prep("inspect", data, "--token", 1, "--sequence", 1), 2)
 
 
 def framed(tokenizer: Tokenizer, text: str) -> np.ndarray[Any, np.dtype[np.uint16]]:

@@ -2,8 +2,6 @@
 
 import os
 import resource
-import subprocess
-import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,9 +14,8 @@ from hypothesis import strategies as st
 from prep import sample_corpus
 from prep.sample_corpus import RECORD, Sample, docstrings, prose, write_sample_corpus
 from shared.tokenizer import load_tokenizer
+from tests.prep.builds import one_line_error, prep
 
-ROOT = Path(__file__).parents[2]
-WRITE = "import sys; from pathlib import Path; from prep.sample_corpus import *; write_sample_corpus(Path(sys.argv[1]))"
 DEMO_TOKENS = (300 * 8 + 64) * 1024 + 2  # what `make demo` trains on and validates with
 
 
@@ -83,14 +80,19 @@ def test_its_tokenizer_was_trained_as_llamas(whole: tuple[Path, Sample]) -> None
     assert processor.decode(processor.encode(text)) == text
 
 
-def test_another_process_writes_the_same_bytes_within_the_time(whole: tuple[Path, Sample], tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONHASHSEED": "42", "PYTHONPATH": str(ROOT)}
+def test_the_command_writes_the_same_bytes_within_the_time(whole: tuple[Path, Sample], tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", WRITE, tmp_path / "again"], check=True, env=environment, cwd=tmp_path)
+    done = prep("sample-corpus", "--out", tmp_path / "again", env={**os.environ, "PYTHONHASHSEED": "42"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert f"wrote {whole[1].documents:,} documents" in done.stdout
     assert contents(tmp_path / "again") == contents(whole[0])
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15  # of one core; there are two
     assert names(tmp_path) == ["again"]
+    done = prep("sample-corpus", "--out", tmp_path / "again")
+    assert done.returncode == 0 and "already complete" in done.stdout
+    (tmp_path / "again" / RECORD).unlink()
+    assert "choose another --out" in one_line_error(prep("sample-corpus", "--out", tmp_path / "again"), 1)
 
 
 def test_run_again_it_changes_nothing_and_says_so(whole: tuple[Path, Sample]) -> None:
@@ -159,6 +161,21 @@ def test_an_installation_without_source_is_told_so(tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match=r"holds only \d+ bytes of prose"):
         write_sample_corpus(tmp_path / "corpus")
     assert not (tmp_path / "corpus").exists()
+
+
+def test_what_several_files_say_alike_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "lib"
+    for i in range(300):
+        own = " ".join(f"word{(i * j * j) % 997}" for j in range(60))
+        (library / f"p{i}").mkdir(parents=True)
+        (library / f"p{i}" / "m.py").write_text(f'"""{"The licence of everything. " * 10}"""\ndef f(): """{own}"""\n')
+    monkeypatch.setattr(sample_corpus, "PACKAGES", [])
+    monkeypatch.setattr(sample_corpus, "MIN_BYTES", 1)
+    monkeypatch.setattr(sample_corpus.sysconfig, "get_path", lambda name: str(library))
+    write_sample_corpus(tmp_path / "corpus")
+    texts = rows(tmp_path / "corpus")["text"].to_pylist()
+    assert sum("word0 " in text for text in texts) == 300
+    assert sum("The licence of everything." in text for text in texts) == 1
 
 
 def test_documents_are_a_mixture_from_the_first_row_on(whole: tuple[Path, Sample]) -> None:

@@ -17,7 +17,7 @@ from prep.verify import verify
 from shared.durable import sha256_file
 from shared.index import SCHEMA, ContentHash
 from shared.manifest import load_build, load_manifest, seal, text_of
-from tests.prep.builds import GOLDEN, SOURCE, golden_rows, prep, tokenize_arguments, write_parquet
+from tests.prep.builds import GOLDEN, SOURCE, golden_rows, one_line_error, prep, tokenize_arguments, write_parquet
 
 FILES = [
     "build.json",
@@ -275,6 +275,9 @@ def test_the_first_and_the_last_frame_are_checked(data: Path) -> None:
     assert named(data) == []
 
 
+GAPS = "do not follow each other without gaps"
+
+
 def column(name: str, row: int, value: Any) -> Callable[[dict[str, list[Any]]], None]:
     def change(columns: dict[str, list[Any]]) -> None:
         columns[name][row] = value
@@ -286,15 +289,21 @@ def column(name: str, row: int, value: Any) -> Callable[[dict[str, list[Any]]], 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (column("start", 5, 0), "do not follow each other"),
-        (column("length", 3, 2), "do not follow each other"),
-        (column("length", 3, -1), "do not follow each other"),
+        (column("start", 5, 0), GAPS),
+        (column("length", 3, 2), GAPS),
+        (column("length", 3, -1), GAPS),
+        (
+            lambda columns: [
+                values.insert(4, 0 if name == "length" else values[4]) for name, values in columns.items()
+            ],
+            GAPS,
+        ),
         (column("file", 2, "other.jsonl"), "names rows that the source does not have"),
         (column("row", 2, -1), "names rows that the source does not have"),
         (column("url", 2, None), "has empty cells"),
         (column("id", -1, "another"), "last document is not the one"),
         (lambda columns: [values.pop() for values in columns.values()], "documents and"),
-        (lambda columns: [values.pop(0) for values in columns.values()], "do not follow each other"),
+        (lambda columns: [values.pop(0) for values in columns.values()], GAPS),
         (lambda columns: columns.update({name: values[:0] for name, values in columns.items()}), "has 0 documents"),
     ],
 )
@@ -356,22 +365,26 @@ def test_deep_finds_a_token_that_only_the_text_can_tell(data: Path) -> None:
     at = row["start"] + 4
     for token in (300, 999):
         set_token(data, f"train/{at // 3000:05d}.npy", at % 3000, token)
-        reseal(data, true_bytes(data))
+        reseal(data)
+        reseal(data, lambda m: m["splits"]["train"].update(utf8_bytes=counted(data, "train")))
         assert named(data) == []
         file = f"train/{at // 3000:05d}.npy"
         assert f"token {at} of train (token 4 of document {row['id']!r})" in problem_of(data, file, deep=EVERY)
 
 
-def true_bytes(data: Path) -> Callable[[dict[str, Any]], None]:
-    """An edit that makes utf8_bytes what verify counts, so that it hides nothing else."""
+@pytest.mark.parametrize(("split", "file"), [("train", "train/00000.npy"), ("val", "val/00000.npy")])
+def test_deep_looks_into_both_splits_even_for_two_documents(data: Path, split: str, file: str) -> None:
+    set_token(data, file, 2, 999)
+    reseal(data)
+    reseal(data, lambda m: m["splits"][split].update(utf8_bytes=counted(data, split)))
+    assert "not what SentencePiece gives" in problem_of(data, file, deep=2)
 
-    def edit(manifest: dict[str, Any]) -> None:
-        (data / "manifest.json").write_bytes(text_of(seal(manifest, "id")))
-        for problem in verify(data, deep=1).bad:
-            if "utf8_bytes of train" in problem.problem:
-                manifest["splits"]["train"]["utf8_bytes"] = int(problem.problem.split()[-1])
 
-    return edit
+def counted(data: Path, split: str) -> int:
+    """What verify counts as utf8_bytes of a split whose number is wrong."""
+    problem = verify(data, deep=1).bad[0].problem
+    assert problem.startswith(f"utf8_bytes of {split} "), problem
+    return int(problem.split()[-1])
 
 
 @pytest.mark.parametrize(
@@ -456,3 +469,37 @@ def test_large_shards_are_checked_across_read_borders(tmp_path: Path) -> None:
     set_token(out, "train/00000.npy", at, 1)
     reseal(out)
     assert problem_of(out, "train/00000.npy") == f"<s> stands inside a document, at token {at} of the shard"
+
+
+def test_the_command_says_what_it_checked(whole: Path) -> None:
+    done = prep("verify", whole, "--deep", 5)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+    assert load_manifest(whole).id in done.stdout and "5 documents" in done.stdout
+    done = prep("verify", whole, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"ok": True, "id": load_manifest(whole).id, "bad": []}
+
+
+def test_the_command_names_every_bad_file_and_fails_in_one_line(data: Path) -> None:
+    bad = ["tokenizer.model", "train/00001.npy"]
+    for file in bad:
+        flipped(data / file, 200, 1)
+    done = prep("verify", data)
+    error = one_line_error(done, 1)
+    assert [line.split(": ")[0] for line in done.stdout.splitlines()] == bad
+    assert str(data) in error and all(file in error for file in bad)
+    done = prep("verify", data, "--json")
+    one_line_error(done, 1)
+    said = json.loads(done.stdout)
+    assert list(said) == ["ok", "id", "bad"] and not said["ok"] and said["id"] == load_manifest(data).id
+    assert [list(problem) for problem in said["bad"]] == [["file", "problem"]] * 2
+    assert [problem["file"] for problem in said["bad"]] == bad
+    flipped(data / "manifest.json", 30, 1)
+    said = json.loads(prep("verify", data, "--json").stdout)
+    assert said["id"] is None and [problem["file"] for problem in said["bad"]] == ["manifest.json"]
+
+
+def test_the_command_tells_what_it_cannot_do_in_one_line(whole: Path, tmp_path: Path) -> None:
+    assert "no such folder" in one_line_error(prep("verify", tmp_path / "nothing"), 1)
+    error = one_line_error(prep("verify", whole, "--deep", 3, "--source", tmp_path / "gone"), 1)
+    assert "gone: no such file or directory" in error
