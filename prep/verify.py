@@ -69,7 +69,9 @@ def verify(folder: Path, *, deep: int = 0, source: str | None = None) -> Result:
     reencoded = 0
     if deep and tokenizer and not bad:
         note([problem for split in manifest.splits for problem in _check_text_bytes(split, manifest, scans, tokenizer)])
-        spec = source or str(load_build(folder)["source"])
+        spec = source or load_build(folder).get("source")
+        if spec is None:
+            raise ValueError(f"{folder / BUILD}: does not say where the source is; give --source")
         reencoded, problems = reencode(folder, manifest, tokenizer, spec, deep)
         note(problems)
     return Result(manifest.id, sorted(bad.values(), key=_file), reencoded)

@@ -444,6 +444,14 @@ def test_deep_does_not_blame_the_data_for_another_source(data: Path, tmp_path: P
         verify(data, deep=1, source=str(tmp_path / "nowhere"))
 
 
+def test_deep_asks_for_the_source_where_none_is_recorded(data: Path) -> None:
+    record = {key: value for key, value in load_build(data).items() if key != "source"}
+    (data / "build.json").write_bytes(text_of(seal(record, "sha256")))
+    assert named(data) == [] and named(data, deep=3, source=str(SOURCE)) == []
+    with pytest.raises(ValueError, match=r"build.json: does not say where the source is; give --source"):
+        verify(data, deep=3)
+
+
 def test_verify_works_on_a_data_set_that_may_not_be_written(data: Path) -> None:
     for path in [data, *data.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
