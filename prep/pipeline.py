@@ -118,7 +118,7 @@ class _Build:
         pending: deque[tuple[Step, Future[Result]]] = deque()
         while True:
             while len(pending) < 2 * self.workers and (step := next(steps, None)):
-                pending.append((step, pool.submit(worker.run, step.unit, step.row)))
+                pending.append((step, pool.submit(worker.run, step.unit, step.row, step.stop)))
             if not pending:
                 return
             step, future = pending.popleft()
@@ -131,9 +131,9 @@ class _Build:
                 ) from None
             if result.ended:
                 self.plan.ended(step.track)
-            if result.next_row is not None:  # the rest of a very large unit comes before whatever follows it
-                rest = Step(step.track, step.unit, result.next_row)
-                pending.appendleft((rest, pool.submit(worker.run, rest.unit, rest.row)))
+            elif result.next_row < step.stop:  # very long documents: the rest comes before whatever follows it
+                rest = Step(step.track, step.unit, result.next_row, step.stop)
+                pending.appendleft((rest, pool.submit(worker.run, rest.unit, rest.row, rest.stop)))
             yield step, result
 
     def _announce(self) -> None:

@@ -7,7 +7,7 @@ from prep.holdout import threshold
 from prep.sources import UNIT_LINES, Unit, unit_after
 from shared.permutation import Permutation
 
-ORDERS = ("shuffled", "listed")
+PIECE_BYTES = 32 << 20  # unpacked bytes, of all columns, that one step reads at most
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Step:
-    """One piece of work: read `unit` from `row` on. `track` is its place in the plan."""
+    """One piece of work: rows `row` ... `stop`-1 of the file, all in `unit`, which is number `track` of the plan."""
 
     track: int
     unit: Unit
     row: int
+    stop: int
 
     @property
     def cursor(self) -> Cursor:
@@ -77,20 +78,28 @@ class Plan:
             unit = self.tracks[track]
             row = start.row if track == start.track else 0
             if unit.rows is not None:
-                yield Step(track, unit, max(row, unit.row))
+                yield from _pieces(track, unit, max(row, unit.row), unit.row + unit.rows)
                 continue
             unit = Unit(unit.file, row // UNIT_LINES * UNIT_LINES, None)
             while track not in self._ended:
-                yield Step(track, unit, max(row, unit.row))
+                yield Step(track, unit, max(row, unit.row), unit.row + UNIT_LINES)
                 unit = unit_after(unit)
 
     def ended(self, track: int) -> None:
         self._ended.add(track)
 
-    def after(self, step: Step, next_row: int | None) -> Cursor:
-        """Where the reading stands once `step` is done; `next_row` is where it stopped inside its unit, if it did."""
-        if next_row is not None:
-            return Cursor(step.track, next_row)
-        if step.unit.rows is None and step.track not in self._ended:
-            return Cursor(step.track, step.unit.row + UNIT_LINES)
-        return Cursor(step.track + 1)
+    def after(self, step: Step, next_row: int) -> Cursor:
+        """Where the reading stands once `step` is done up to row `next_row`."""
+        unit = step.unit
+        last = step.track in self._ended if unit.rows is None else next_row == unit.row + unit.rows
+        return Cursor(step.track + 1) if last else Cursor(step.track, next_row)
+
+
+def _pieces(track: int, unit: Unit, row: int, stop: int) -> Iterator[Step]:
+    """The rest of a unit, whole, or in parts that fit in memory where it is one very large row group."""
+    parts = max(1, -(-unit.unpacked // PIECE_BYTES))
+    size = max(1, -(-(unit.rows or 0) // parts))
+    for first in range(row, stop, size):
+        yield Step(track, unit, first, min(stop, first + size))
+    if row == stop:  # an empty row group
+        yield Step(track, unit, row, stop)

@@ -19,21 +19,33 @@ BATCH_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents of consecutive rows: `text`, `id`, `url` strings (D,), `row` (D,) int64; `empty`: the rows left out."""
+    """Documents of consecutive rows: `text`, `id`, `url` strings (D,), `row` (D,) int64.
+
+    `empty` are the rows without text, which are no documents; `stop` is the row after the last one of either.
+    """
 
     text: pa.Array
     id: pa.Array
     url: pa.Array
     row: npt.NDArray[np.int64]
     empty: npt.NDArray[np.int64]
+    stop: int
+
+    def split(self, row: int) -> "tuple[Rows, Rows | None]":
+        """What stands before `row` of the file, and the rest if there is one."""
+        if row >= self.stop:
+            return self, None
+        n, e = (int(np.searchsorted(rows, row)) for rows in (self.row, self.empty))
+        before = Rows(self.text[:n], self.id[:n], self.url[:n], self.row[:n], self.empty[:e], row)
+        return before, Rows(self.text[n:], self.id[n:], self.url[n:], self.row[n:], self.empty[e:], self.stop)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one reading gave: its rows, the row to go on at (None at the unit's end), and whether a .zst file ended."""
+    """What one reading gave: its rows, the row to go on at, and whether a .zst file ended there."""
 
     rows: list[Rows]
-    next_row: int | None
+    next_row: int
     ended: bool
 
 
@@ -47,32 +59,34 @@ class RowReader:
         self._source = source
         self._key: object = None
         self._next = 0
-        self._batches: Iterator[tuple[int, Rows]] = iter(())
+        self._batches: Iterator[Rows] = iter(())
+        self._rest: Rows | None = None  # of a batch that the last reading needed in part
 
-    def read(self, unit: Unit, row: int, limit: int) -> "Piece":
-        """Rows of `unit` from `row` on, until they hold `limit` bytes of text or the unit ends."""
+    def read(self, unit: Unit, row: int, stop: int, limit: int) -> Piece:
+        """Rows `row` ... `stop`-1 of `unit`; fewer once they hold `limit` bytes of text, or where a .zst file ends."""
         key = unit.file if unit.rows is None else unit
         if key != self._key or row < self._next:
             self._next = 0 if unit.rows is None else unit.row
             self._batches = self._open(unit)
+            self._rest = None
         self._key = None  # whoever fails below starts afresh
-        stop = unit.row + (UNIT_LINES if unit.rows is None else unit.rows)
         found: list[Rows] = []
         size, ended = 0, False
         while self._next < stop and not (found and size >= limit):
-            count, rows = next(self._batches, (0, None))
-            if rows is None:
+            batch = self._rest or next(self._batches, None)
+            if batch is None:
                 ended = True
                 break
+            batch, self._rest = batch.split(stop if self._next >= row else row)
             if self._next >= row:
-                found.append(rows)
-                size += rows.text.nbytes
-            self._next += count
+                found.append(batch)
+                size += batch.text.nbytes
+            self._next = batch.stop
         self._key = key
-        assert ended is False or unit.rows is None, "a unit shorter than planned"
-        return Piece(found, None if ended or self._next >= stop else self._next, ended)
+        assert not ended or unit.rows is None, "a unit shorter than planned"
+        return Piece(found, self._next, ended)
 
-    def _open(self, unit: Unit) -> Iterator[tuple[int, Rows]]:
+    def _open(self, unit: Unit) -> Iterator[Rows]:
         path = self._source.path(unit.file)
         kind = kind_of(unit.file)
         if kind == ".parquet":
@@ -83,7 +97,7 @@ class RowReader:
         return _line_batches(itertools.islice(plain_lines(path, unit.offset), unit.rows), path, unit.file, unit.row)
 
 
-def _parquet_batches(path: Path, unit: Unit) -> Iterator[tuple[int, Rows]]:
+def _parquet_batches(path: Path, unit: Unit) -> Iterator[Rows]:
     assert unit.groups is not None
     row = unit.row
     with open_parquet(path) as file:
@@ -94,7 +108,7 @@ def _parquet_batches(path: Path, unit: Unit) -> Iterator[tuple[int, Rows]]:
         size = max(1, min(UNIT_LINES, rows * BATCH_BYTES // max(1, unpacked)))
         try:
             for batch in file.iter_batches(size, row_groups=groups, columns=columns, use_threads=False):
-                yield len(batch), _parquet_rows(batch, path, unit.file, row)
+                yield _parquet_rows(batch, path, unit.file, row)
                 row += len(batch)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path}: damaged near row {row}: {error}") from None
@@ -108,9 +122,10 @@ def _parquet_rows(batch: pa.RecordBatch, path: Path, name: str, first: int) -> R
     ids = _column(batch, "id", path, first, default_ids)
     urls = _column(batch, "url", path, first, "")
     if pc.all(full).as_py():
-        return Rows(text, ids, urls, numbers, np.empty(0, np.int64))
+        return Rows(text, ids, urls, numbers, np.empty(0, np.int64), first + len(batch))
     keep = full.to_numpy(zero_copy_only=False)
-    return Rows(text.filter(full), ids.filter(full), urls.filter(full), numbers[keep], numbers[~keep])
+    stop = first + len(batch)
+    return Rows(text.filter(full), ids.filter(full), urls.filter(full), numbers[keep], numbers[~keep], stop)
 
 
 def _lacks(batch: pa.RecordBatch, column: str) -> bool:
@@ -144,7 +159,7 @@ def _utf8(column: pa.Array, path: Path, name: str, first: int) -> pa.Array:
     return column
 
 
-def _line_batches(lines: Iterable[bytes], path: Path, name: str, row: int) -> Iterator[tuple[int, Rows]]:
+def _line_batches(lines: Iterable[bytes], path: Path, name: str, row: int) -> Iterator[Rows]:
     parse = parse_text if kind_of(name) == ".txt" else parse_json
     pending: list[bytes] = []
     size = 0
@@ -153,10 +168,10 @@ def _line_batches(lines: Iterable[bytes], path: Path, name: str, row: int) -> It
         size += len(line)
         # A border of a unit is a border of batches; long lines make shorter batches.
         if (row + len(pending)) % BATCH_LINES == 0 or size >= BATCH_BYTES:
-            yield len(pending), _line_rows(pending, parse, path, name, row)
+            yield _line_rows(pending, parse, path, name, row)
             row, pending, size = row + len(pending), [], 0
     if pending:
-        yield len(pending), _line_rows(pending, parse, path, name, row)
+        yield _line_rows(pending, parse, path, name, row)
 
 
 def _line_rows(lines: list[bytes], parse: Callable[[bytes], Parsed], path: Path, name: str, first: int) -> Rows:
@@ -182,4 +197,4 @@ def _line_rows(lines: list[bytes], parse: Callable[[bytes], Parsed], path: Path,
         else:
             empty.append(row)
     text, id_, url = (pa.array(values, pa.string()) for values in (texts, ids, urls))
-    return Rows(text, id_, url, np.array(rows, np.int64), np.array(empty, np.int64))
+    return Rows(text, id_, url, np.array(rows, np.int64), np.array(empty, np.int64), first + len(lines))

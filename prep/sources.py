@@ -19,13 +19,15 @@ class Unit:
     """What is read in one piece of work: consecutive row groups of a parquet file, or lines of a text file.
 
     `row` is its first row in the file. `rows` is None for .zst, whose length shows only when it ends. `groups` are the
-    row groups (first, one past the last) of parquet, `offset` the first line's byte in an unpacked text file.
+    row groups (first, one past the last) of parquet, `unpacked` their size in memory, all columns; `offset` the first
+    line's byte in an unpacked text file.
     """
 
     file: str
     row: int
     rows: int | None
     groups: tuple[int, int] | None = None
+    unpacked: int = 0
     offset: int | None = None
 
 
@@ -91,11 +93,10 @@ def _parquet_units(source: LocalSource, name: str, unit_bytes: int) -> list[Unit
         metadata = file.metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         packed = [sum(g.column(c).total_compressed_size for c in range(metadata.num_columns)) for g in groups]
-        rows = [g.num_rows for g in groups]
-    return group_units(name, packed, rows, unit_bytes)
+    return group_units(name, packed, [g.num_rows for g in groups], [g.total_byte_size for g in groups], unit_bytes)
 
 
-def group_units(name: str, packed: list[int], rows: list[int], unit_bytes: int) -> list[Unit]:
+def group_units(name: str, packed: list[int], rows: list[int], unpacked: list[int], unit_bytes: int) -> list[Unit]:
     """Consecutive row groups, greedily, while their `packed` bytes stay within `unit_bytes`; at least one each."""
     units: list[Unit] = []
     first = row = 0
@@ -105,7 +106,7 @@ def group_units(name: str, packed: list[int], rows: list[int], unit_bytes: int) 
             size += packed[stop]
             stop += 1
         count = sum(rows[first:stop])
-        units.append(Unit(name, row, count, groups=(first, stop)))
+        units.append(Unit(name, row, count, groups=(first, stop), unpacked=sum(unpacked[first:stop])))
         row += count
         first = stop
     return units
@@ -135,7 +136,7 @@ def _line_units(path: Path, name: str) -> list[Unit]:
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a parquet file and check that it has text. ValueError names what is wrong with it."""
     try:
-        file = pq.ParquetFile(path, buffer_size=READ_BYTES)
+        file = pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: not a readable parquet file (empty, cut off or damaged): {error}") from None
     schema = file.schema_arrow

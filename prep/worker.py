@@ -19,7 +19,7 @@ from prep.holdout import is_val
 from prep.rows import RowReader
 from prep.sources import LocalSource, Unit
 
-PIECE_BYTES = 64 << 20  # text that one result holds at most, whatever the size of a unit
+TEXT_BYTES = 32 << 20  # text that a result holds at most, but for one batch of rows
 ORPHAN_CHECK = 0.2  # seconds
 PARITY = 1000  # one document in so many is encoded by plain SentencePiece as well
 
@@ -29,8 +29,8 @@ class Result:
     """The documents of one piece of a unit, ready to be written.
 
     `tokens` (N,) uint16 holds them end to end, `<s>` ids `</s>` each; `offsets` (D+1,) int64 into it; `utf8_bytes`,
-    `rows` (D,) int64; `hashes` SHA-256 of the texts; `empty_rows` rows without text. `next_row`: where to go on inside
-    the unit, None at its end; `ended`: the .zst file has no further unit.
+    `rows` (D,) int64; `hashes` SHA-256 of the texts; `empty_rows` rows without text. `next_row`: the row after
+    the last one read; `ended`: the .zst file has no further row.
     """
 
     tokens: Ids
@@ -44,7 +44,7 @@ class Result:
     urls: pa.Array
     text_bytes: int
     parity: int
-    next_row: int | None
+    next_row: int
     ended: bool
 
 
@@ -57,9 +57,9 @@ class Worker:
         self._reader = RowReader(source)
         self._seed, self._limit = seed, limit
 
-    def run(self, unit: Unit, row: int) -> Result:
+    def run(self, unit: Unit, row: int, stop: int) -> Result:
         self._check_unchanged(unit.file)
-        piece = self._reader.read(unit, row, PIECE_BYTES)
+        piece = self._reader.read(unit, row, stop, TEXT_BYTES)
         text = pa.chunked_array([rows.text for rows in piece.rows], _common_type(piece.rows)).combine_chunks()
         encoded = self._encoder.encode(text)
         hashes = _hash_texts(text)
@@ -120,8 +120,8 @@ def start(make: Callable[[], Worker], parent: int) -> None:
     _worker = make()
 
 
-def run(unit: Unit, row: int) -> Result:
-    return _worker.run(unit, row)
+def run(unit: Unit, row: int, stop: int) -> Result:
+    return _worker.run(unit, row, stop)
 
 
 def _follow(parent: int) -> None:

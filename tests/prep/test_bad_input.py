@@ -262,7 +262,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None
     stamp = (tmp_path / "a.txt").stat().st_mtime_ns
     worker = Worker(source, {"a.txt": stamp}, Encoder(load_tokenizer(TOKENIZER)), 0, 0)
     [unit] = units_of(source, "a.txt", 1)
-    assert len(worker.run(unit, 0).hashes) == 10
+    assert len(worker.run(unit, 0, 10).hashes) == 10
     os.utime(tmp_path / "a.txt", ns=(stamp, stamp + 1))
     with pytest.raises(ValueError, match="changed while"):
-        worker.run(unit, 0)
+        worker.run(unit, 0, 10)

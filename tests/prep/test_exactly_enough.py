@@ -75,6 +75,7 @@ texts = st.one_of(
     shard=st.sampled_from([1, 50, 333, 100_000]),
     order=st.sampled_from(["shuffled", "listed"]),
     seed=st.integers(0, 5),
+    piece=st.sampled_from([1, 500, 1 << 30]),
 )
 def test_a_data_set_is_what_the_plain_reference_says(
     tmp_path_factory: pytest.TempPathFactory,
@@ -87,19 +88,24 @@ def test_a_data_set_is_what_the_plain_reference_says(
     shard: int,
     order: str,
     seed: int,
+    piece: int,
 ) -> None:
+    """Whatever the texts and the settings; also when a unit is read in many pieces (`piece` bytes each)."""
     folder = tmp_path_factory.mktemp("drawn")
     rows = [{"text": text, "id": None if i % 3 else f"d{i}"} for i, text in enumerate(drawn * repeat)]
     write_parquet(folder / "source" / "a.parquet", rows, group_rows)
     s = Settings(train, val, length, shard, order, seed, 1)
     units = parquet_units(rows, group_rows, "a.parquet")
     expected = expect(in_order(units, order, seed), SP, s.budget(), seed)
-    if expected is None:
-        with pytest.raises(ValueError, match="too small"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prep.plan.PIECE_BYTES", piece)
+        patch.setattr("prep.worker.TEXT_BYTES", piece)
+        if expected is None:
+            with pytest.raises(ValueError, match="too small"):
+                make(folder / "source", folder / "out", s)
+        else:
             make(folder / "source", folder / "out", s)
-    else:
-        make(folder / "source", folder / "out", s)
-        assert_is(folder / "out", expected)
+            assert_is(folder / "out", expected)
 
 
 def test_text_files_of_every_kind_give_the_same_documents(tmp_path: Path) -> None:

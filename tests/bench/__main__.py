@@ -1,0 +1,151 @@
+"""python -m tests.bench: prep against what one would use instead, in one run on one machine.
+
+On ../shared/corpus with its tokenizer where they are present, else on a sample corpus of this Python. Rounds alternate
+between the candidates, so that a machine whose speed drifts is fair to both; the ratio is the median over the rounds.
+"""
+
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prep.encoder import Encoder
+from shared.provenance import processor
+from shared.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS, LLAMA = ROOT.parent / "shared" / "corpus", ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"
+
+
+def encoder_against_sentencepiece(files: list[Path], tokenizer_path: Path, rounds: int) -> dict[str, Any]:
+    """One core, texts in memory: tokens/s of a fresh encoder and of SentencePiece over the same documents."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    pa.set_cpu_count(1)
+    texts = [pq.read_table(file, columns=["text"], use_threads=False)["text"] for file in files]
+    # As prep does: units of about 22 MB of text.
+    units = [chunk for text in texts for chunk in _units(text)]
+    fast, warm, plain = [], [], []
+    for _ in range(rounds):
+        encoder = Encoder(tokenizer)
+        for rates in (fast, warm):
+            began = time.perf_counter()
+            tokens = sum(len(encoder.encode(unit).tokens) for unit in units)
+            rates.append(tokens / (time.perf_counter() - began))
+        began = time.perf_counter()
+        ids = [encoder.reference(text) for unit in units[::4] for text in unit.to_pylist()]
+        plain.append(sum(map(len, ids)) / (time.perf_counter() - began))
+    same = all(
+        np.array_equal(encoder.encode(unit).tokens, np.concatenate([encoder.reference(t) for t in unit.to_pylist()]))
+        for unit in units[::4]
+    )
+    return {
+        "tokens": tokens,
+        "identical": same,
+        "sentencepiece M tokens/s": _m(plain),
+        "encoder M tokens/s": _m(fast),
+        "encoder, second pass M tokens/s": _m(warm),
+        "encoder / sentencepiece": _ratio(fast, plain),
+    }
+
+
+def tokenize_against_pool(files: list[Path], tokenizer: Path, rounds: int, workers: int) -> dict[str, Any]:
+    """Whole processes, start-up included, over all files; and once running, as each program says."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "source").mkdir()
+        for file in files:
+            (folder / "source" / file.name).symlink_to(file)
+        sequences = (_count(files, tokenizer) * 97 // 100) // 1024
+        prep = [
+            *(sys.executable, "-m", "prep", "tokenize", "--source", str(folder / "source"), "--tokenizer"),
+            *(str(tokenizer), "--out", str(folder / "out"), "--workers", str(workers)),
+            *("--train-sequences", str(sequences - 256), "--val-sequences", "256"),
+        ]
+        pool = [sys.executable, str(ROOT / "tests/bench/pool.py"), str(folder / "source"), str(tokenizer)]
+        pool += [str(folder / "out.bin"), str(workers)]
+        ours, theirs, ours_running, theirs_running = [], [], [], []
+        for _ in range(rounds):
+            seconds, _ = _run(pool)
+            theirs.append((folder / "out.bin").stat().st_size / 2 / seconds)
+            theirs_running.append(_running(_))
+            seconds, output = _run(prep)
+            ours.append((sequences * 1024 + 2) / seconds)
+            ours_running.append(_running(output))
+            build = json.loads((folder / "out" / "build.json").read_text())
+            shutil.rmtree(folder / "out")
+    return {
+        "workers": workers,
+        "pool M tokens/s": _m(theirs),
+        "prep M tokens/s": _m(ours),
+        "prep / pool, whole processes": _ratio(ours, theirs),
+        "prep / pool, once running": _ratio(ours_running, theirs_running),
+        "prep seconds": round((sequences * 1024) / statistics.median(ours), 2),
+        "peak memory MB (largest process)": build.get("peak memory MB"),
+    }
+
+
+def _units(text: pa.ChunkedArray) -> list[pa.Array]:
+    whole = text.combine_chunks()
+    return [whole.slice(i, 4000) for i in range(0, len(whole), 4000)]
+
+
+def _count(files: list[Path], tokenizer: Path) -> int:
+    encoder = Encoder(load_tokenizer(tokenizer))
+    return sum(len(encoder.encode(unit).tokens) for f in files for unit in _units(pq.read_table(f)["text"]))
+
+
+def _run(command: list[str]) -> tuple[float, str]:
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return time.perf_counter() - began, done.stdout
+
+
+def _running(output: str) -> float:
+    """The rate that a program printed of itself, in tokens/s: the last 'N M tokens/s'."""
+    return float(output.rpartition(" M tokens/s")[0].split()[-1]) * 1e6
+
+
+def _m(rates: list[float]) -> float:
+    return round(statistics.median(rates) / 1e6, 2)
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 2)
+
+
+@click.command()
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--workers", default=2, show_default=True)
+def main(rounds: int, workers: int) -> None:
+    """Measure prep and print one JSON object."""
+    if CORPUS.exists():
+        files, tokenizer = sorted(CORPUS.glob("edu_*.parquet")), LLAMA
+    else:
+        from prep.sample_corpus import write_sample_corpus
+
+        folder = Path(tempfile.mkdtemp()) / "sample"
+        write_sample_corpus(folder)
+        files, tokenizer = sorted(folder.glob("*.parquet")), folder / "tokenizer.model"
+    result = {
+        "machine": f"{processor()}, {platform.python_version()}",
+        "encoder": encoder_against_sentencepiece(files, tokenizer, rounds),
+        "tokenize": tokenize_against_pool(files, tokenizer, rounds, workers),
+    }
+    click.echo(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
