@@ -12,6 +12,7 @@ Shapes: M tokens, K in features, N out features, S segments (q, k, v fused in on
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,14 @@ class BitLinear(nn.Module):
         self.in_features, self.segments, self.compute = in_features, segments, compute
         self.weight = nn.Parameter(torch.empty(sum(segments), in_features))
         self.codes = self.scale = self.quantized = torch.empty(0)
-        self.derive: Callable[[Tensor, tuple[int, ...], torch.dtype], Derived] = derive  # or the same, compiled
+        self.derive: Callable[..., Derived] = derive  # or the same, compiled
         self._version = -1
 
     @torch.no_grad()
     def quantize(self) -> None:
         """Rebuild what is derived from the weight."""
-        self.codes, self.scale, self.quantized = self.derive(self.weight, self.segments, self.compute)
+        kept_in = code_dtype(self.weight.device)
+        self.codes, self.scale, self.quantized = self.derive(self.weight, self.segments, kept_in, self.compute)
         self._version = self.weight._version
 
     @property
@@ -57,10 +59,10 @@ class BitLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def derive(weight: Tensor, segments: tuple[int, ...], compute: torch.dtype) -> Derived:
-    """Codes in the dtype they are multiplied in, the scale of each row, and their product in the compute dtype."""
+def derive(weight: Tensor, segments: tuple[int, ...], kept_in: torch.dtype, compute: torch.dtype) -> Derived:
+    """The codes in the dtype `kept_in`, the scale of each row, and their product in the compute dtype."""
     codes, scale = quantize_weight(weight, segments)
-    return codes.to(code_dtype(codes.device)), scale, (codes * scale[:, None]).to(compute)
+    return codes.to(kept_in), scale, (codes * scale[:, None]).to(compute)
 
 
 def quantize_weight(weight: Tensor, segments: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -80,11 +82,11 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def integer_product(x_codes: Tensor, w_codes: Tensor) -> Tensor:
     """(M, K) x (N, K) -> (M, N) exact sums, in int32 for int8 codes, else in fp32; never rounded to bf16."""
-    if w_codes.dtype == torch.int8:
+    if w_codes.dtype == torch.int8 and w_codes.shape[1] > 1:  # for K = 1, torch 2.13 gives wrong sums on a CPU
         return torch._int_mm(x_codes, w_codes.t())
-    if w_codes.dtype == torch.bfloat16 and not w_codes.is_cuda:
-        return x_codes.float() @ w_codes.float().t()
-    return product(x_codes, w_codes.t())
+    if w_codes.dtype == torch.bfloat16 and w_codes.is_cuda:
+        return product(x_codes, w_codes.t())
+    return x_codes.float() @ w_codes.float().t()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -97,10 +99,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def code_dtype(device: torch.device) -> torch.dtype:
     """What codes are stored and multiplied in: int8 units on CPUs, bf16 units on CUDA, fp32 elsewhere."""
     if device.type == "cpu":
-        return torch.int8
+        return torch.int8 if int8_is_exact() else torch.float32
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
+
+
+@cache
+def int8_is_exact() -> bool:
+    """Whether this processor's int8 product gives exact sums: on some without VNNI, pairs saturate at 16 bits."""
+    x = torch.tensor([-128, 127, -128, 1], dtype=torch.int8).repeat_interleave(16)[:, None].repeat(1, 768)
+    w = torch.tensor([-1, 1, 0], dtype=torch.int8).repeat_interleave(16)[:, None].repeat(1, 768)
+    x[3::4, ::3], w[3::4, ::5] = 127, -1
+    return torch.equal(torch._int_mm(x, w.t()).double(), x.double() @ w.double().t())
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -216,7 +216,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> KEYS_VALUES:
     """(T,) -> cos and sin, (T, D/2) each, in fp32: angle = position x theta^(-2i/D)."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    frequency = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = positions.float()[:, None] * frequency
     return angle.cos(), angle.sin()
 

@@ -139,8 +139,8 @@ def compile_model(model: Model) -> None:
     inductor.dynamic_scale_rblock = False  # would time two sizes of a reduction and change its order of adding
     if hasattr(inductor, "deterministic"):  # torch >= 2.9
         inductor.deterministic = True
-    for layer in model.layers:
-        layer.compile(dynamic=False)
+    for module in [*model.layers, model.norm]:
+        module.compile(dynamic=False)
     for linear in model.bitlinears():
         linear.derive = torch.compile(linear.derive, dynamic=False)
     model.softmax = torch.compile(model.softmax, dynamic=False)
