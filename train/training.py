@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shared.provenance import utc_now
 from shared.shards import TokenStream
 from shared.stop import Interrupted, Stop
@@ -89,11 +91,11 @@ class Training:
             )
 
     def _advance(self) -> None:
-        """One step and what is due after it. On CUDA the numbers of a step are read while the next one runs."""
+        """One step and what is due after it."""
         launched = self.loop.step(self.step + 1)
         self._read()
         self.step, self.unread = self.step + 1, launched
-        if self.loop.device.type != "cuda":
+        if not reads_late(self.loop.device):
             self._read()
         if self.step == self.target or self._save_due():
             self._save()
@@ -204,6 +206,11 @@ class Training:
         """Whether a signal has come, on any rank; once it has, all ranks know."""
         self.stopping = self.stopping or distributed.any_rank(bool(self.stop))
         return self.stopping
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether the numbers of a step are read while the next one runs, so that the device never waits for the host."""
+    return device.type == "cuda"
 
 
 def _due(step: int, every: int, last: int = 0) -> bool:

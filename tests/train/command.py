@@ -29,6 +29,8 @@ TINY = {
     "sample.every": 8,
 }
 
+KillAt = tuple[Path, int, float]  # so many seconds after this log has so many lines
+
 
 @dataclass(frozen=True)
 class Done:
@@ -52,14 +54,14 @@ class Command:
         )
         self._folder = tempfile.TemporaryDirectory()
 
-    def __call__(self, *args: object, faults: Iterable[Sequence[object]] = (), kill_after: float | None = None) -> Done:
-        """Run `python -m train ARGS`; SIGKILL it after so many seconds, or put faults into it (server.FAULTS)."""
+    def __call__(self, *args: object, faults: Iterable[Sequence[object]] = (), kill_at: KillAt | None = None) -> Done:
+        """Run `python -m train ARGS`; and SIGKILL it or put faults into it (server.FAULTS)."""
         assert self._server.stdin and self._server.stdout
         out, err = Path(self._folder.name) / "out", Path(self._folder.name) / "err"
         request = {
             "args": [str(a) for a in args],
             "faults": [list(fault) for fault in faults],
-            "kill_after": kill_after,
+            "kill_at": [str(kill_at[0]), *kill_at[1:]] if kill_at else None,
             "out": str(out),
             "err": str(err),
         }
@@ -74,12 +76,12 @@ class Command:
         *args: object,
         settings: dict[str, object] | None = None,
         faults: Iterable[Sequence[object]] = (),
-        kill_after: float | None = None,
+        kill_at: KillAt | None = None,
     ) -> Done:
         """`train run --preset tiny` with the settings TINY, and `settings` on top."""
         chosen = [f"--set={name}={value}" for name, value in {**TINY, **(settings or {})}.items()]
         command = ["run", "--preset", "tiny", "--device", "cpu", "--data", data, "--run", run, *chosen, *args]
-        return self(*command, faults=faults, kill_after=kill_after)
+        return self(*command, faults=faults, kill_at=kill_at)
 
     def close(self) -> None:
         assert self._server.stdin

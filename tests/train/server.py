@@ -137,6 +137,11 @@ def forget(piece: str) -> None:
     training.checkpoint.load = trained.checkpoint.load = load  # type: ignore[attr-defined]
 
 
+def late() -> None:
+    """As on CUDA: the numbers of a step are read after the next one was started."""
+    training.reads_late = lambda device: True
+
+
 def only_val() -> None:
     """Whoever opens another split than val fails."""
     real = manifest.open_stream
@@ -154,7 +159,8 @@ def threads(number: int) -> None:
 
 
 FAULTS = {
-    f.__name__: f for f in (threads, only_val, kill_at, fail_writes, signal_in, poison, draw, short_window, forget)
+    f.__name__: f
+    for f in (threads, late, only_val, kill_at, fail_writes, signal_in, poison, draw, short_window, forget)
 }
 
 
@@ -180,20 +186,36 @@ def child(request: dict[str, Any]) -> None:
         os._exit(code)
 
 
+def lines_in(path: str) -> int:
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - this is polled
+            return file.read().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def watch(pid: int, kill_at: list[Any] | None) -> int:
+    """Wait for the command, 60 s at most; kill it where that is asked for. Its exit code, or minus the signal."""
+    end = time.monotonic() + 60
+    while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if kill_at and lines_in(kill_at[0]) >= kill_at[1]:
+            time.sleep(kill_at[2])
+            end = 0.0
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            done = os.waitpid(pid, 0)
+            break
+        time.sleep(0.002)
+    return os.waitstatus_to_exitcode(done[1])
+
+
 def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
             child(request)
-        end = time.monotonic() + (request["kill_after"] or 60)
-        while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-            if time.monotonic() > end:
-                os.kill(pid, signal.SIGKILL)
-                done = os.waitpid(pid, 0)
-                break
-            time.sleep(0.002)
-        print(json.dumps(os.waitstatus_to_exitcode(done[1])), flush=True)
+        print(json.dumps(watch(pid, request["kill_at"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -215,6 +215,41 @@ def test_a_save_returns_before_the_disk_is_done_and_holds_the_state_of_its_momen
     assert same(load(tmp_path / name_of(5)), snapshot(5))
 
 
+def test_logs_then_files_then_folder_are_durable_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = (tmp_path / "metrics.jsonl").open("wb")
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(fd: int) -> None:
+        done.append(next(p.name for p in tmp_path.rglob("*") if os.path.samestat(p.stat(), os.fstat(fd))))
+        fsync(fd)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(f"{Path(source).name} -> {Path(target).name}")
+        rename(source, target)
+
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    saver = Saver(tmp_path / "checkpoints", keep_last=3, keep_every=0)
+    saver.save(1, snapshot(1).model, snapshot(1).optimizer, snapshot(1).state, lambda: os.fsync(log.fileno()))
+    saver.wait()
+    saver.close()
+    log.close()
+    assert done == [
+        "metrics.jsonl",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "checkpoint.json",
+        "step-00000001.partial",
+        "step-00000001.partial -> step-00000001",
+        "checkpoints",
+    ]
+
+
 def test_the_next_save_waits_for_the_last(tmp_path: Path, gate: threading.Event) -> None:
     saver = Saver(tmp_path, keep_last=3, keep_every=0)
     for step in (1, 2):

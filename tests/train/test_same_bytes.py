@@ -1,6 +1,7 @@
 """Two runs with one seed are the same bytes, and so are a run in one go and a run broken anywhere."""
 
 import random
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,17 +52,18 @@ def test_another_seed_ends_in_other_bytes(train: Command, data: Path, reference:
 def test_a_run_killed_at_random_instants_ends_in_the_same_bytes(
     train: Command, data: Path, reference: Path, tmp_path: Path, seed: int
 ) -> None:
-    instants = random.Random(seed)
-    run, killed = tmp_path / "run", 0
-    for _ in range(6):
-        killed += train.run(data, run, faults=FAULTS, kill_after=instants.uniform(0.05, 0.8)).code == -9
-    assert killed, "no kill came before the end: the machine is faster than this test thinks"
+    """In the milliseconds after a line of the log: in a step, an evaluation, a save, in samples, between any two."""
+    instants, run, lines = random.Random(seed), tmp_path / "run", 0
+    for _ in range(4):
+        lines += instants.randint(1, 5)
+        done = train.run(data, run, faults=FAULTS, kill_at=(run / "metrics.jsonl", lines, instants.uniform(0, 0.02)))
+        assert done.code == -9, done
     finish(train, data, run)
     assert_same_run(run, reference)
 
 
 # In a run of 3 saves and 2 removals, how far apart the calls are at which it is killed: all but writes densely.
-STRIDES = {"mkdir": 1, "fsync": 4, "rename": 1, "replace": 1, "unlink": 3, "rmdir": 1, "write": 29}
+STRIDES = {"mkdir": 2, "fsync": 5, "rename": 2, "replace": 1, "unlink": 3, "rmdir": 1, "write": 41}
 
 
 @pytest.mark.parametrize("call", STRIDES)
@@ -143,3 +145,17 @@ def test_evaluating_sampling_and_saving_change_nothing_in_the_trajectory(
     for step in (7, 14, 21, 24):
         ours, theirs = (r / "checkpoints" / f"step-{step:08d}" for r in (run, reference))
         assert contents(ours) == contents(theirs)
+
+
+def test_reading_the_numbers_of_a_step_late_changes_nothing(
+    train: Command, data: Path, reference: Path, tmp_path: Path
+) -> None:
+    run, late = tmp_path / "run", [*FAULTS, ("late",)]
+    done = train.run(data, run, faults=[*late, ("signal_in", "step", 11, int(signal.SIGTERM))])
+    assert done.code == 75
+    assert train.run(data, run, faults=late).code == 0
+    assert_same_run(run, reference)
+    stuck = [("poison", 7, 8, 9, 10, 11), ("late",)]
+    assert train.run(data, tmp_path / "stuck", faults=stuck).code == 3
+    steps = [line["step"] for line in without_timing(tmp_path / "stuck" / "metrics.jsonl") if line["kind"] == "train"]
+    assert steps == list(range(1, 12))
