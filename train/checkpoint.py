@@ -178,7 +178,7 @@ class Saver:
         """Copy the state and begin to write it; `first` makes durable what the checkpoint relies on."""
         self.wait()
         copies = self._copy(MODEL, model), self._copy(OPTIMIZER, optimizer)
-        if torch.cuda.is_available():
+        if any(tensor.is_cuda for tensor in (*model.values(), *optimizer.values())):
             torch.cuda.synchronize()  # the copies above do not block
         snapshot = Snapshot(step, *copies, json.loads(json.dumps(state)))
         self._running = self._thread.submit(self._write, snapshot, first)

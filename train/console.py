@@ -1,6 +1,7 @@
 """What a run says while it works: plain lines for what happens once, one progress line for the steps. Rank 0 only."""
 
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,10 +13,11 @@ SPEED_KNOWN = 10  # steps timed before an end is promised; the first one compile
 class Console:
     """Says things on stdout; `loud` is False on all ranks but the first."""
 
-    def __init__(self, loud: bool) -> None:
-        self._loud = loud
-        self._progress = Progress()
-        self._began, self._timed, self._promised = 0.0, 0, False
+    def __init__(self, loud: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._loud, self._clock = loud, clock
+        self._progress = Progress(clock=clock)
+        self._began: float | None = None
+        self._timed = 0
 
     def say(self, line: str) -> None:
         if self._loud:
@@ -23,17 +25,19 @@ class Console:
             print(line, flush=True)
 
     def step(self, record: dict[str, Any], last_step: int) -> None:
-        """Show one train record of metrics.jsonl as progress towards `last_step`."""
-        if self._began == 0.0:
-            self._began = time.monotonic()
+        """Show one train record of metrics.jsonl as progress towards `last_step`.
+
+        The time left is told from the clock on the wall, since evaluations and saves are a part of what a run takes.
+        """
+        if self._began is None:
+            self._began = self._clock()
             return
         self._timed += 1
-        # Evaluations and saves are part of the time a run takes, so the pace is that of the clock on the wall.
-        left = (time.monotonic() - self._began) / self._timed * (last_step - record["step"])
-        if self._timed >= SPEED_KNOWN and not self._promised:
-            self._promised = True
+        pace = (self._clock() - self._began) / self._timed  # seconds a step
+        left = pace * (last_step - record["step"])
+        if self._timed == SPEED_KNOWN:
+            speed = record["tokens"] / record["step"] / pace
             end = datetime.now().astimezone() + timedelta(seconds=left)
-            speed = record["timing"]["tokens_per_second"]
             self.say(
                 f"speed {speed:,.0f} tokens/s; step {last_step:,} expected {end:%Y-%m-%d %H:%M} ({duration(left)})"
             )

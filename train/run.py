@@ -65,6 +65,7 @@ def run(request: Request, stop: Stop) -> None:
         logs = Logs(folder)
         training = Training(folder, facts, loop, logs, validation, tokenizer, console, stop)
         training.resume(point)
+        distributed.barrier()  # all have read the logs, to which rank 0 adds from here on
         if not training.has_work(target):
             console.say(
                 f"{folder.path}: step {training.step:,} is done and saved; nothing left to do up to step {target:,}"

@@ -62,6 +62,8 @@ def evaluate_run(
     """
     trained = load_trained(path, say)
     data = data or Path(trained.folder.starts()[-1]["data"])
+    if not data.exists():
+        raise ValueError(f"{data}: the data set of the last start is not there; say where it is: --data DIR")
     manifest = verified(data, stop)
     if manifest.id != trained.facts.data_id:
         raise ValueError(

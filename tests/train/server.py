@@ -158,10 +158,8 @@ def threads(number: int) -> None:
     torch.set_num_threads(number)
 
 
-FAULTS = {
-    f.__name__: f
-    for f in (threads, late, only_val, kill_at, fail_writes, signal_in, poison, draw, short_window, forget)
-}
+ALL = (threads, late, only_val, kill_at, fail_writes, signal_in, poison, draw, short_window, forget)
+FAULTS = {fault.__name__: fault for fault in ALL}
 
 
 def child(request: dict[str, Any]) -> None:

@@ -152,6 +152,9 @@ def test_eval_refuses_what_is_not_the_runs_data_set(train: Command, data: Path, 
     done = train("eval", run, "--data", other)
     assert done.code == 1
     assert load_manifest(other).id in done.err and "--data" in done.err
+    done = train("eval", run, "--data", tmp_path / "gone")
+    assert done.code == 1
+    assert "is not there" in done.err
     done = train("eval", run, "--sequences", 11)
     assert done.code == 1
     assert "has 10 sequences" in done.err
