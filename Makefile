@@ -7,7 +7,13 @@ SHELL := /bin/bash
 SOURCE ?=
 TOKENIZER ?=
 DATA ?= data/fineweb-edu
+RUN ?= runs/95m
+PRESET ?= 95m
+STEPS ?=
+GPUS ?= 1
 WORKERS ?=
+ARGS ?=
+PROMPT ?= The sun
 
 # PYTHON= names an environment that already has what is needed; otherwise .venv is made from requirements.lock.
 ifdef PYTHON
@@ -47,6 +53,32 @@ tokenize: $(CORE) ## build DATA from SOURCE with TOKENIZER (WORKERS processes); 
 .PHONY: verify
 verify: $(CORE) ## re-hash and check every file of DATA
 	exec $(PY) -m prep verify '$(DATA)' $(ARGS)
+
+# torchrun takes --run for its own, so our arguments stand behind "--".
+TRAIN = $(if $(filter-out 1,$(GPUS)),$(PY) -m torch.distributed.run --nproc-per-node $(GPUS) -m -- train,$(PY) -m train)
+
+.PHONY: train
+train: $(CORE) ## train PRESET on DATA as RUN (STEPS to stop earlier, GPUS processes); again to go on
+	exec $(TRAIN) run --preset $(PRESET) --data '$(DATA)' --run '$(RUN)' $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
+.PHONY: eval
+eval: $(CORE) ## loss of RUN on the whole validation split
+	exec $(PY) -m train eval '$(RUN)' $(ARGS)
+
+.PHONY: sample
+sample: $(CORE) ## let RUN go on with PROMPT
+	exec $(PY) -m train sample '$(RUN)' --prompt '$(PROMPT)' $(ARGS)
+
+# Everything once, small and offline: a corpus from this Python's own documentation, the tiny preset.
+.PHONY: demo
+demo: $(CORE) ## everything once: corpus, tokenize, verify, train the tiny preset, evaluate, sample (5 minutes)
+	$(PY) -m prep sample-corpus --out data/demo-source
+	$(PY) -m prep tokenize --source data/demo-source --tokenizer data/demo-source/tokenizer.model --out data/demo \
+		--train-sequences 2400 --val-sequences 64
+	$(PY) -m prep verify data/demo
+	$(PY) -m train run --preset tiny --data data/demo --run runs/demo
+	$(PY) -m train eval runs/demo
+	$(PY) -m train sample runs/demo --prompt 'Return the number of' --tokens 60 --seed 0
 
 .PHONY: test
 test: $(TEST) ## all tests (no network, no GPU, nothing outside this folder needed)

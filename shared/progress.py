@@ -1,5 +1,6 @@
 """One progress line: live on a terminal, else a plain line every 30 seconds."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -27,10 +28,16 @@ class Progress:
         self._shown = time_now
         text = line()
         if self._live:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be overwritten
             print("\r" + text.ljust(self._width), end="", file=self._stream, flush=True)
             self._width = len(text)
         else:
             print(text, file=self._stream, flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays, whatever is shown."""
+        self.clear()
+        print(line, file=self._stream, flush=True)
 
     def clear(self) -> None:
         """End the live line, so that what is printed next starts on a line of its own."""
