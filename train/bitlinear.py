@@ -84,16 +84,28 @@ def integer_product(x_codes: Tensor, w_codes: Tensor) -> Tensor:
     """(M, K) x (N, K) -> (M, N) exact sums, in int32 for int8 codes, else in fp32; never rounded to bf16."""
     if w_codes.dtype == torch.int8 and w_codes.shape[1] > 1:  # for K = 1, torch 2.13 gives wrong sums on a CPU
         return torch._int_mm(x_codes, w_codes.t())
-    if w_codes.dtype == torch.bfloat16 and w_codes.is_cuda:
-        return product(x_codes, w_codes.t())
+    if w_codes.dtype == torch.bfloat16:
+        sums: Tensor = mm_fp32(x_codes, w_codes.t())
+        return sums
     return x_codes.float() @ w_codes.float().t()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """(M, K) x (K, N) -> (M, N), accumulated in fp32; on CUDA it leaves as fp32 also where the operands are bf16."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    on_units = a.is_cuda and a.dtype == torch.bfloat16
+    result: Tensor = mm_fp32(a, b) if on_units else a @ b
+    return result
+
+
+@torch.library.custom_op("bitnet::mm_fp32", mutates_args=())
+def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """(M, K) x (K, N) -> (M, N) in fp32 for bf16 operands. An operator, for torch 2.8 cannot compile out_dtype."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+@mm_fp32.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
 
 
 def code_dtype(device: torch.device) -> torch.dtype:

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train import runtime
+from train import bitlinear, cross_entropy, runtime
 from train.config import ModelConfig, preset
 from train.model import Model
 from train.runtime import Runtime, choose, fit_micro, flops_per_token, from_dict, ladder, peak_flops, to_dict
@@ -57,7 +59,7 @@ def test_a_runtime_survives_json() -> None:
 
 SETUP = """
 import json, os, torch
-from train import runtime
+from train import bitlinear, cross_entropy, runtime
 from train.runtime import Runtime
 r = Runtime("cpu", "fp32", 3, 1, False, True, 1)
 assert str(runtime.prepare(r)) == "cpu"
@@ -160,24 +162,50 @@ def loss_and_gradients(device: str, precision: torch.dtype, compiled: bool) -> t
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_compiled_model_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    want = loss_and_gradients("cpu", torch.float32, compiled=False)
-    # The graphs that CUDA would compile, run without generating code: a compiler takes a minute here.
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """torch.compile traces, splits and runs its graphs, but generates no code: a compiler takes a minute here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
     counters.clear()
-    got = loss_and_gradients("cpu", torch.float32, compiled=True)
-    assert counters["stats"]["unique_graphs"] == 7, "one for all blocks, the norm, the softmax, four shapes of weights"
+    yield counters["stats"]
     assert not counters["graph_break"]
+
+
+def test_a_compiled_model_computes_the_same(traced: Counter[str]) -> None:
+    want = loss_and_gradients("cpu", torch.float32, compiled=False)
+    got = loss_and_gradients("cpu", torch.float32, compiled=True)
+    assert traced["unique_graphs"] == 7, "one for all blocks, the norm, the softmax, four shapes of weights"
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_products_of_a_gpu_train_alike(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch, traced: Counter[str]
+) -> None:
+    want_loss, want = loss_and_gradients("cpu", torch.float32, compiled=False)
+
+    def on_gpu(a: Tensor, b: Tensor) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        return bitlinear.mm_fp32(a, b)
+
+    monkeypatch.setattr(bitlinear, "code_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(bitlinear, "product", on_gpu)
+    monkeypatch.setattr(cross_entropy, "product", on_gpu)
+    loss, gradients = loss_and_gradients("cpu", torch.bfloat16, compiled)
+    assert near(loss, gradients, want_loss, want)
+
+
+def near(loss: Tensor, gradients: dict[str, Tensor], want_loss: Tensor, want: dict[str, Tensor]) -> bool:
+    """As near as bf16 is to fp32: a few of a hundred codes differ."""
+    far = [n for n, g in gradients.items() if (g.cpu().float() - want[n]).norm() > 0.1 * want[n].norm()]
+    return not far and abs(loss.item() - want_loss.item()) < 0.02
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_gpu_computes_what_a_cpu_does() -> None:
-    want_loss, want = loss_and_gradients("cpu", torch.float32, compiled=False)
+    want = loss_and_gradients("cpu", torch.float32, compiled=False)
     for compiled in (False, True):
-        loss, gradients = loss_and_gradients("cuda", torch.bfloat16, compiled)
-        assert abs(loss.item() - want_loss.item()) < 0.02
-        for name, gradient in gradients.items():
-            assert (gradient.cpu() - want[name]).norm() < 0.1 * want[name].norm(), name
+        assert near(*loss_and_gradients("cuda", torch.bfloat16, compiled), *want)
