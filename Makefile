@@ -74,7 +74,7 @@ sample: $(CORE) ## let RUN go on with PROMPT
 demo: $(CORE) ## everything once: corpus, tokenize, verify, train the tiny preset, evaluate, sample (5 minutes)
 	$(PY) -m prep sample-corpus --out data/demo-source
 	$(PY) -m prep tokenize --source data/demo-source --tokenizer data/demo-source/tokenizer.model --out data/demo \
-		--train-sequences 2400 --val-sequences 64
+		--train-sequences 2400 --val-sequences 64 --seq-len 256
 	$(PY) -m prep verify data/demo
 	$(PY) -m train run --preset tiny --data data/demo --run runs/demo
 	$(PY) -m train eval runs/demo
@@ -82,7 +82,7 @@ demo: $(CORE) ## everything once: corpus, tokenize, verify, train the tiny prese
 
 .PHONY: test
 test: $(TEST) ## all tests (no network, no GPU, nothing outside this folder needed)
-	exec $(PY) -m pytest $(ARGS)
+	exec $(PY) -m pytest -n auto $(ARGS)
 
 .PHONY: lint
 lint: $(TEST) ## ruff and mypy

@@ -5,6 +5,7 @@ between the candidates, so that a machine whose speed drifts is fair to both; th
 """
 
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -76,13 +77,12 @@ def tokenize_against_pool(files: list[Path], tokenizer: Path, rounds: int, worke
         pool += [str(folder / "out.bin"), str(workers)]
         ours, theirs, ours_running, theirs_running = [], [], [], []
         for _ in range(rounds):
-            seconds, _ = _run(pool)
+            seconds, output, _ = _run(pool)
             theirs.append((folder / "out.bin").stat().st_size / 2 / seconds)
-            theirs_running.append(_running(_))
-            seconds, output = _run(prep)
+            theirs_running.append(_running(output))
+            seconds, output, memory = _run(prep)
             ours.append((sequences * 1024 + 2) / seconds)
             ours_running.append(_running(output))
-            build = json.loads((folder / "out" / "build.json").read_text())
             shutil.rmtree(folder / "out")
     return {
         "workers": workers,
@@ -91,7 +91,8 @@ def tokenize_against_pool(files: list[Path], tokenizer: Path, rounds: int, worke
         "prep / pool, whole processes": _ratio(ours, theirs),
         "prep / pool, once running": _ratio(ours_running, theirs_running),
         "prep seconds": round((sequences * 1024) / statistics.median(ours), 2),
-        "peak memory MB (largest process)": build.get("peak memory MB"),
+        "pool seconds": round((sequences * 1024) / statistics.median(theirs), 2),
+        "prep MB, largest process": memory,
     }
 
 
@@ -105,12 +106,17 @@ def _count(files: list[Path], tokenizer: Path) -> int:
     return sum(len(encoder.encode(unit).tokens) for f in files for unit in _units(pq.read_table(f)["text"]))
 
 
-def _run(command: list[str]) -> tuple[float, str]:
+def _run(command: list[str]) -> tuple[float, str, int]:
+    """Seconds, what it printed, and the MB of its largest process."""
     began = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return time.perf_counter() - began, done.stdout
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        if status:
+            raise SystemExit(f"{' '.join(command)} failed")
+        output.seek(0)
+        return seconds, output.read(), usage.ru_maxrss // 1024
 
 
 def _running(output: str) -> float:
