@@ -108,6 +108,22 @@ def test_a_data_set_is_what_the_plain_reference_says(
             assert_is(folder / "out", expected)
 
 
+def test_copies_empty_texts_and_what_comes_too_late_are_counted(tmp_path: Path) -> None:
+    """One unit, copies of all its documents, an empty text in each third row, and rows behind the end."""
+    words = [f"document {i} about rivers" for i in range(40)]
+    rows: list[dict[str, Any]] = [{"text": "" if i % 3 == 2 else words[i * 7 % 40]} for i in range(400)]
+    write_parquet(tmp_path / "source" / "a.parquet", rows, 400)
+    s = Settings(45, 4, 32, 1000, "listed", 0, 1)
+    [unit] = parquet_units(rows, 400, "a.parquet")
+    expected = expect(unit, SP, s.budget(), 0)
+    assert expected is not None
+    assert expected.skipped["in_val"] > 0
+    used = sum(len(documents) for documents in expected.documents.values()) + sum(expected.skipped.values())
+    assert 100 < used < 400 and any(not row["text"] for row in rows[used:])
+    make(tmp_path / "source", tmp_path / "out", s)
+    assert_is(tmp_path / "out", expected)
+
+
 def test_text_files_of_every_kind_give_the_same_documents(tmp_path: Path) -> None:
     """Lines of .jsonl, .jsonl.zst (in several frames) and .txt; more than one unit a file; blank lines count."""
     rows = [{"text": row["text"], "id": f"r{i}"} for i, row in enumerate(golden_rows()[:300] * 30)]
