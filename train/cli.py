@@ -17,6 +17,31 @@ def main() -> None:
 
 
 @main.command()
+@click.option("--preset", default="95m", show_default=True, metavar="95m|tiny", help="the model and its schedule")
+@click.option("--data", type=FOLDER, help="verify this data set as well, and see whether it lasts")
+@click.option("--speed", type=click.FloatRange(min=0, min_open=True), help="tokens a second, to tell the time it takes")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="as for run")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object and nothing else")
+def plan(preset: str, data: Path | None, speed: float | None, settings: tuple[str, ...], as_json: bool) -> None:
+    """Say what a job will be: parameters, tokens, FLOPs, schedule, memory, disk, time. Nothing is written."""
+    with Stop().listening() as stop:
+        from train import config
+        from train.metrics import to_json
+        from train.plan import plan as make_plan
+        from train.plan import table
+        from train.run import verified
+
+        wanted = config.apply_settings(config.preset(preset), settings)
+        found = make_plan(wanted, verified(data, stop) if data else None, speed)
+    click.echo(to_json(found.to_dict()) if as_json else "\n".join(table(found)))
+    if found.data and not found.data.enough:
+        raise ValueError(
+            f"{data}: the schedule takes {found.sequences} sequences and the train split has {found.data.sequences}: "
+            f"tokenize more, or train with --steps {found.data.sequences // found.batch} or less"
+        )
+
+
+@main.command()
 @click.option("--preset", required=True, metavar="95m|tiny", help="the model and its schedule")
 @click.option("--data", required=True, type=FOLDER, help="the data set: data/<name>")
 @click.option("--run", "path", required=True, type=FOLDER, help="the run: runs/<id>, new or to go on with")
