@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+from prep.defaults import SOURCE, TOKENIZER, pinned_sha256
+
+SRC = "hf://OWNER/NAME[@REVISION][?config=NAME], or a file, folder or glob of .parquet, .jsonl, .jsonl.zst, .txt"
 FOLDER = click.Path(path_type=Path, file_okay=False)
 COUNT = click.IntRange(min=1)
 
@@ -16,9 +19,11 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--source", required=True, help="file, folder or glob of .parquet, .jsonl, .jsonl.zst, .txt")
+@click.option("--source", default=SOURCE, help=f"{SRC} [default: FineWeb-Edu's sample-10BT, pinned]")
 @click.option(
-    "--tokenizer", required=True, type=click.Path(path_type=Path, dir_okay=False), help="SentencePiece .model"
+    "--tokenizer",
+    default=TOKENIZER,
+    help="hf://OWNER/NAME[@REVISION]/FILE.model or a .model file  [default: LLaMA-2's]",
 )
 @click.option("--out", required=True, type=FOLDER, help="folder of the data set; built as OUT.partial")
 @click.option("--train-sequences", type=COUNT, default=1_920_000, show_default=True)
@@ -32,7 +37,7 @@ def main() -> None:
 @click.option("--restart", is_flag=True, help="discard an unfinished build")
 def tokenize(
     source: str,
-    tokenizer: Path,
+    tokenizer: str,
     out: Path,
     train_sequences: int,
     val_sequences: int,
@@ -50,12 +55,13 @@ def tokenize(
     with Stop().listening() as stop:  # before the slow imports, so that a signal never finds us unprepared
         from prep.pipeline import build
         from prep.plan import Settings
+        from prep.sources import tokenizer_file
         from shared.tokenizer import load_tokenizer
 
         settings = Settings(train_sequences, val_sequences, seq_len, shard_tokens, order, seed, unit_bytes)
         manifest = build(
             source,
-            load_tokenizer(tokenizer),
+            load_tokenizer(tokenizer_file(tokenizer, stop=stop), pinned_sha256(tokenizer)),
             settings,
             out,
             workers=workers or min(8, _cores()),

@@ -5,17 +5,20 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from prep.lines import parse_json, parse_text, plain_lines, zst_lines
-from prep.sources import LocalSource, kind_of, open_parquet, open_source
-from shared.durable import sha256_file
+from prep.sources import LocalSource, Unit, kind_of
 from shared.index import Document, index_name, read_index
 from shared.manifest import MANIFEST, Manifest, Problem, open_stream
 from shared.shards import TokenStream
 from shared.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from prep.hub import HubSource
 
 BATCH_ROWS = 1024
 
@@ -30,14 +33,13 @@ class Pick:
 
 
 def reencode(
-    folder: Path, manifest: Manifest, tokenizer: Tokenizer, spec: str, count: int
+    folder: Path, manifest: Manifest, tokenizer: Tokenizer, source: "LocalSource | HubSource", count: int
 ) -> tuple[int, list[Problem]]:
-    """Compare `count` documents with what the source `spec` gives for them; returns how many, and what is wrong.
+    """Compare `count` documents with what `source` gives for them; returns how many, and what is wrong.
 
-    They are spread evenly over each split, its first and last among them. ValueError when `spec` is not the source
+    They are spread evenly over each split, its first and last among them. ValueError when it is not the source
     that the data set was made from.
     """
-    source = open_source(spec)
     picks = [pick for split, n in _shares(manifest, count).items() for pick in _spread(folder, manifest, split, n)]
     streams = {split: open_stream(folder, manifest, split) for split in manifest.splits}
     problems: list[Problem] = []
@@ -46,8 +48,8 @@ def reencode(
     ):
         members = list(group)
         if name not in source.names:
-            raise ValueError(f"{spec}: has no file {name}; give the --source that the data set was made from")
-        texts = _texts(source.path(name), [pick.document.row for pick in members])
+            raise ValueError(f"the source has no file {name}; give the --source that the data set was made from")
+        texts = _texts(source, name, [pick.document.row for pick in members])
         for pick, text in zip(members, texts, strict=True):
             if text is None or sha256(text.encode()).digest() != pick.document.text_sha256:
                 _require_the_same(source, manifest, name)
@@ -98,19 +100,20 @@ def _compare(manifest: Manifest, stream: TokenStream, tokenizer: Tokenizer, pick
         )
 
 
-def _require_the_same(source: LocalSource, manifest: Manifest, name: str) -> None:
+def _require_the_same(source: "LocalSource | HubSource", manifest: Manifest, name: str) -> None:
     """A text differs: ValueError if the file does, too, so that a changed source is not held against the data set."""
     stated = {file.name: file.sha256 for file in manifest.source.files}
-    if sha256_file(source.path(name)) != stated.get(name):
+    if source.identify(name).sha256 != stated.get(name):
         raise ValueError(
-            f"{source.path(name)}: is not the file that the data set was made from (another sha256); "
+            f"{source.where(name)}: is not the file that the data set was made from (another sha256); "
             "give the right --source"
         )
 
 
-def _texts(path: Path, rows: list[int]) -> Iterator[str | None]:
+def _texts(source: "LocalSource | HubSource", name: str, rows: list[int]) -> Iterator[str | None]:
     """The text of each of `rows`, which ascend; None for a row that is not there or has no text."""
-    found = _parquet_texts(path, rows) if kind_of(path.name) == ".parquet" else _line_texts(path, rows)
+    parquet = kind_of(name) == ".parquet"
+    found = _parquet_texts(source, name, rows) if parquet else _line_texts(source.path(name), rows)
     at, text = next(found, (-1, None))
     for row in rows:
         if at == row:
@@ -120,19 +123,20 @@ def _texts(path: Path, rows: list[int]) -> Iterator[str | None]:
             yield None
 
 
-def _parquet_texts(path: Path, rows: list[int]) -> Iterator[tuple[int, str | None]]:
-    with open_parquet(path) as file:
-        first = 0
-        for group in range(file.num_row_groups):
-            stop = first + file.metadata.row_group(group).num_rows
-            if not any(first <= row < stop for row in rows):
-                first = stop
-                continue
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=["text"], use_threads=False):
-                yield from (
-                    (row, batch["text"][row - first].as_py()) for row in rows if first <= row < first + len(batch)
-                )
-                first += len(batch)
+def _parquet_texts(source: "LocalSource | HubSource", name: str, rows: list[int]) -> Iterator[tuple[int, str | None]]:
+    metadata, first = source.metadata(name), 0
+    for group in range(metadata.num_row_groups):
+        unit = Unit(name, first, metadata.row_group(group).num_rows, groups=(group, group + 1))
+        stop = first + metadata.row_group(group).num_rows
+        if any(first <= row < stop for row in rows):
+            source.fetch(unit)
+            with source.parquet(unit) as file:
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=["text"], use_threads=False):
+                    here = [row for row in rows if first <= row < first + len(batch)]
+                    yield from ((row, batch["text"][row - first].as_py()) for row in here)
+                    first += len(batch)
+            source.release(unit)
+        first = stop
 
 
 def _line_texts(path: Path, rows: list[int]) -> Iterator[tuple[int, str | None]]:

@@ -4,15 +4,20 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prep.plan import Settings
-from prep.sources import LocalSource
+from prep.sources import HUB, LocalSource, Pin, open_source
 from prep.split_writer import ROWS
 from prep.writer import JOURNAL, journal_config, write_journal
-from shared.durable import fsync_folder, sha256_file
-from shared.manifest import MANIFEST, Manifest, SourceFile, load_manifest
+from shared.durable import fsync_folder
+from shared.manifest import BUILD, MANIFEST, Manifest, SourceFile, load_build, load_manifest
 from shared.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from prep.hub import HubSource
+
+DOWNLOAD = "download"  # what was fetched from the Hub for the units under way
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Job:
     """Everything that a build reads and makes."""
 
     spec: str  # SRC as the user gave it
-    source: LocalSource
+    source: "LocalSource | HubSource"
     files: list[SourceFile]
     tokenizer: Tokenizer
     settings: Settings
@@ -33,26 +38,62 @@ class Job:
     @property
     def spec_path(self) -> str:
         """SRC with its path made absolute, so that a later `verify --deep` finds it from anywhere."""
-        return str(Path(self.spec).expanduser().absolute())
+        return self.spec if self.spec.startswith(HUB) else str(Path(self.spec).expanduser().absolute())
 
     def config(self) -> dict[str, Any]:
         """The named values that decide the bytes, as a later start compares them."""
         return {
             **self.settings.fields(),
             "tokenizer": self.tokenizer.identity.sha256,
-            "source files": [[file.name, file.size, file.sha256] for file in self.files],
+            "source files": _as_lists(self.files),
+            "source": source_name(self.source.repository, self.source.config, self.source.revision),
         }
 
 
-def hash_files(source: LocalSource) -> list[SourceFile]:
+def source_name(repository: str | None, config: str | None, revision: str | None) -> str:
+    """Where the files come from, as the manifest states it."""
+    return "files" if repository is None else f"{HUB}{repository}@{revision}" + (f"?config={config}" if config else "")
+
+
+def hash_files(source: "LocalSource | HubSource") -> list[SourceFile]:
     """Name, size and SHA-256 of every file of the source, in order."""
-
-    def identify(name: str) -> SourceFile:
-        path = source.path(name)
-        return SourceFile(name, path.stat().st_size, sha256_file(path))
-
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(identify, source.names))
+        return list(pool.map(source.identify, source.names))
+
+
+def pin_of(spec: str, out: Path, restart: bool) -> Pin | None:
+    """The commit and files that an earlier start of the same command found, so that a moved branch changes nothing."""
+    if not spec.startswith(HUB):
+        return None
+    if (out / MANIFEST).is_file():
+        return _pinned(spec, out)
+    partial = out.with_name(out.name + ".partial")
+    if restart or not partial.is_dir():
+        return None
+    if (before := journal_config(partial)) is None:
+        return _pinned(spec, partial) if (partial / MANIFEST).is_file() else None
+    if before.get("spec") != spec:
+        return None
+    return Pin(before["revision"], [SourceFile(*fields) for fields in before["source files"]])
+
+
+def _pinned(spec: str, folder: Path) -> Pin | None:
+    source = load_manifest(folder).source
+    if source.revision is None or load_build(folder).get("source") != spec:
+        return None
+    return Pin(source.revision, source.files)
+
+
+def reopen(folder: Path, manifest: Manifest, spec: str | None) -> "LocalSource | HubSource":
+    """The source of the finished data set in `folder`: where `spec` says, by default where the data set says."""
+    source = manifest.source
+    if spec is None and source.revision is not None:
+        name = source_name(source.repository, source.config, source.revision)
+        return open_source(name, pin=Pin(source.revision, source.files))
+    spec = spec or load_build(folder).get("source")
+    if spec is None:
+        raise ValueError(f"{folder / BUILD}: does not say where the source is; give --source")
+    return open_source(spec)
 
 
 def prepare(job: Job, restart: bool) -> None:
@@ -69,26 +110,36 @@ def prepare(job: Job, restart: bool) -> None:
             check_same(config_of(load_manifest(folder)), job.config(), f"{folder}: has another", advice)
     folder.mkdir(exist_ok=True)
     if not (folder / JOURNAL).exists() and not (folder / MANIFEST).exists():
-        write_journal(folder, {"config": job.config()})
+        write_journal(folder, {"config": {**job.config(), "spec": job.spec, "revision": job.source.revision}})
+    discard_download(folder)
 
 
-def finished(source: LocalSource, settings: Settings, tokenizer: Tokenizer, out: Path) -> Manifest | None:
+def finished(source: "LocalSource | HubSource", settings: Settings, tokenizer: Tokenizer, out: Path) -> Manifest | None:
     """The data set at `out`, if there is one and it is what is asked for; None if nothing is there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST).is_file():
         raise ValueError(f"{out}: exists and is not a data set; choose another --out")
     manifest = load_manifest(out)
-    files = {file.name: file for file in manifest.source.files}
-    made = (out / MANIFEST).stat().st_mtime_ns
-    known = [
-        files[name] for name in source.names if name in files and not _changed(source.path(name), files[name], made)
-    ]
-    now = {**settings.fields(), "tokenizer": tokenizer.identity.sha256, "source files": _as_lists(known)}
+    known = _known(source, manifest, (out / MANIFEST).stat().st_mtime_ns) if isinstance(source, LocalSource) else []
     if len(known) < len(source.names):
-        now["source files"] = _as_lists(hash_files(source))
+        known = hash_files(source)
+    now = {
+        **settings.fields(),
+        "tokenizer": tokenizer.identity.sha256,
+        "source files": _as_lists(known),
+        "source": source_name(source.repository, source.config, source.revision),
+    }
     check_same(config_of(manifest), now, f"{out}: a finished data set with another", "choose another --out")
     return manifest
+
+
+def _known(source: LocalSource, manifest: Manifest, made: int) -> list[SourceFile]:
+    """The files that are as they were when the data set was made, which need not be hashed again."""
+    files = {file.name: file for file in manifest.source.files}
+    return [
+        files[name] for name in source.names if name in files and not _changed(source.path(name), files[name], made)
+    ]
 
 
 def _changed(path: Path, file: SourceFile, since: int) -> bool:
@@ -113,6 +164,7 @@ def config_of(manifest: Manifest) -> dict[str, Any]:
         "unit_bytes": manifest.source.unit_bytes,
         "tokenizer": manifest.tokenizer.sha256,
         "source files": _as_lists(manifest.source.files),
+        "source": source_name(manifest.source.repository, manifest.source.config, manifest.source.revision),
     }
 
 
@@ -123,8 +175,18 @@ def check_same(before: dict[str, Any], now: dict[str, Any], where: str, advice: 
             raise ValueError(f"{where} {field.replace('_', ' ')}{was}{is_}; give the same one, or {advice}")
 
 
+def discard_download(folder: Path) -> None:
+    """Remove what was fetched. It is renamed first, so that a thread which still fetches cannot put anything in it."""
+    gone = folder / (DOWNLOAD + ".gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    if (folder / DOWNLOAD).exists():
+        (folder / DOWNLOAD).rename(gone)
+        shutil.rmtree(gone)
+
+
 def publish(job: Job) -> Manifest:
     """Give a whole data set its name. What may be left of a former try is removed first."""
+    discard_download(job.partial)
     for rows in job.partial.glob(f"*/{ROWS}"):
         rows.unlink()
         fsync_folder(rows.parent)

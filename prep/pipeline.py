@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -20,10 +20,11 @@ from typing import Any
 import click
 
 from prep import worker
+from prep.ahead import Ahead
 from prep.encoder import Encoder
-from prep.job import Job, finished, hash_files, prepare, publish
+from prep.job import DOWNLOAD, Job, finished, hash_files, pin_of, prepare, publish
 from prep.plan import Plan, Settings, Step
-from prep.sources import open_source, units_of
+from prep.sources import LocalSource, all_units, open_source
 from prep.worker import Result, Worker
 from prep.writer import JOURNAL, Writer
 from shared.durable import exclusive, require_space, write_durably
@@ -45,7 +46,8 @@ from shared.shards import TOKEN_BYTES
 from shared.stop import Stop
 from shared.tokenizer import Tokenizer
 
-PACKAGES = ("numpy", "pyarrow", "sentencepiece", "zstandard")
+WAIT = 0.2  # seconds between two looks at the stop flag
+PACKAGES = ("numpy", "pyarrow", "sentencepiece", "zstandard", "huggingface_hub")
 
 
 def build(
@@ -53,39 +55,39 @@ def build(
 ) -> Manifest:
     """Make `out` or go on making it. ValueError and OSError for what the user must mend; Interrupted at a signal."""
     out = out.absolute()
-    source = open_source(spec)
+    progress = Progress()
+    source = open_source(spec, pin=pin_of(spec, out, restart), stop=stop, say=progress.say)
     out.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(out.with_name(out.name + ".lock"), "prep tokenize"):
         if manifest := finished(source, settings, tokenizer, out):
             click.echo(f"{out}: already complete, nothing to do")
             return manifest
-        stamps = {name: source.path(name).stat().st_mtime_ns for name in source.names}
+        stamps = {name: source.stamp(name) for name in source.names}
         job = Job(spec, source, hash_files(source), tokenizer, settings, out)
         stop.check(f"{out}: interrupted before anything was done; the same command starts again")
         prepare(job, restart)
         if (job.partial / MANIFEST).exists() and not (job.partial / JOURNAL).exists():
             return publish(job)  # a former start was killed right before its last step
-        return _Build(job, stamps, workers, stop).run()
+        return _Build(job, stamps, workers, stop, progress).run()
 
 
 class _Build:
     """One start of a build: from where the journal stands to the end or a stop."""
 
-    def __init__(self, job: Job, stamps: dict[str, int], workers: int, stop: Stop) -> None:
-        self.job, self.workers, self.stop = job, workers, stop
+    def __init__(self, job: Job, stamps: dict[str, int | None], workers: int, stop: Stop, progress: Progress) -> None:
+        self.job, self.workers, self.stop, self.progress = job, workers, stop, progress
         settings, source = job.settings, job.source
+        if not isinstance(source, LocalSource):
+            (job.partial / DOWNLOAD).mkdir()
+            source.work_in(job.partial / DOWNLOAD)
         self.budget = settings.budget()
-        self.plan = Plan(
-            [unit for name in source.names for unit in units_of(source, name, settings.unit_bytes)],
-            settings.order,
-            settings.seed,
-        )
+        self.plan = Plan(all_units(source, settings.unit_bytes), settings.order, settings.seed)
         self.encoder = Encoder(job.tokenizer)
-        self.make_worker = partial(Worker, source, stamps, self.encoder, settings.seed, settings.holdout_threshold())
+        here = source if isinstance(source, LocalSource) else source.fetched()
+        self.make_worker = partial(Worker, here, stamps, self.encoder, settings.seed, settings.holdout_threshold())
         self.writer = Writer(job.partial, self.budget, settings.shard_tokens, self.encoder.text_bytes)
-        left = sum(self.writer.room.left.values())
+        left = self._left()
         require_space(job.partial, left * TOKEN_BYTES, f"building {job.out.name}")
-        self.progress = Progress()
         self.began = time.monotonic()
         self.seconds_before = self.writer.seconds
         self.done_before = sum(self.budget.values()) - left
@@ -94,15 +96,20 @@ class _Build:
     def run(self) -> Manifest:
         self._announce()
         with _pool(self.workers, self.make_worker) as pool:
-            for step, result in self._results(pool):
+            ahead = Ahead(self.job.source, pool, self.workers, self._left())
+            for step, result in self._results(ahead):
                 self.text_bytes += result.text_bytes
                 cursor = self.plan.after(step, result.next_row)
                 with _writing(self.job.partial):
                     self.writer.commit(result, step.unit.file, cursor, self._seconds())
+                ahead.written(step, result.next_row, self._left())
+                if cursor.track != step.track:
+                    ahead.release(step.unit)
                 self.progress.show(self._line)
                 if self.writer.room.full:
                     break
-                self.stop.check(f"{self.job.partial}: interrupted; the same command goes on where it stopped")
+                self._check_stop()
+            ahead.close()
             pool.shutdown(wait=False, cancel_futures=True)  # what is still under way is not needed
             self.progress.show(self._line, now=True)
             self.progress.clear()
@@ -112,16 +119,19 @@ class _Build:
             with _writing(self.job.partial):
                 return self._finish()
 
-    def _results(self, pool: Executor) -> Iterator[tuple[Step, Result]]:
-        """Steps and what they gave, in order, with `2 x workers` of them under way."""
+    def _results(self, ahead: Ahead) -> Iterator[tuple[Step, Result]]:
+        """Steps and what they gave, in order, with several of them under way."""
         steps = self.plan.steps(self.writer.cursor)
         pending: deque[tuple[Step, Future[Result]]] = deque()
         while True:
-            while len(pending) < 2 * self.workers and (step := next(steps, None)):
-                pending.append((step, pool.submit(worker.run, step.unit, step.row, step.stop)))
+            while ahead.wants(step for step, _ in pending) and (step := next(steps, None)):
+                pending.append((step, ahead.submit(step)))
             if not pending:
                 return
             step, future = pending.popleft()
+            while not wait([future], timeout=WAIT).done:
+                self.progress.show(self._line)
+                self._check_stop()
             try:
                 result = future.result()
             except BrokenProcessPool:
@@ -133,8 +143,11 @@ class _Build:
                 self.plan.ended(step.track)
             elif result.next_row < step.stop:  # very long documents: the rest comes before whatever follows it
                 rest = Step(step.track, step.unit, result.next_row, step.stop)
-                pending.appendleft((rest, pool.submit(worker.run, rest.unit, rest.row, rest.stop)))
+                pending.appendleft((rest, ahead.submit(rest)))
             yield step, result
+
+    def _check_stop(self) -> None:
+        self.stop.check(f"{self.job.partial}: interrupted; the same command goes on where it stopped")
 
     def _announce(self) -> None:
         s, identity, files = self.job.settings, self.job.tokenizer.identity, self.job.files
@@ -149,9 +162,12 @@ class _Build:
         if self.done_before:
             click.echo(f"{self.job.partial}: going on at {self.done_before:,} tokens")
 
+    def _left(self) -> int:
+        return sum(self.writer.room.left.values())
+
     def _line(self) -> str:
         total = sum(self.budget.values())
-        done = total - sum(self.writer.room.left.values())
+        done = total - self._left()
         seconds = max(time.monotonic() - self.began, 1e-9)
         rate = (done - self.done_before) / seconds
         left = duration((total - done) / rate) if rate else "?"
@@ -186,10 +202,10 @@ class _Build:
         unsealed = Manifest(
             format_version=FORMAT_VERSION,
             source=Source(
-                kind="files",
-                repository=None,
-                config=None,
-                revision=None,
+                kind="files" if job.source.repository is None else "hf",
+                repository=job.source.repository,
+                config=job.source.config,
+                revision=job.source.revision,
                 files=job.files,
                 order=settings.order,
                 seed=settings.seed,

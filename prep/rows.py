@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prep.lines import Parsed, parse_json, parse_text, plain_lines, zst_lines
-from prep.sources import UNIT_LINES, LocalSource, Unit, kind_of, open_parquet
+from prep.sources import UNIT_LINES, Readable, Unit, kind_of
 
 BATCH_LINES = 256  # divides UNIT_LINES, so that no batch spans two units
 BATCH_BYTES = 8 << 20
@@ -55,7 +55,7 @@ class RowReader:
     That matters where a position can only be reached through all rows before it: .zst text and very large row groups.
     """
 
-    def __init__(self, source: LocalSource) -> None:
+    def __init__(self, source: Readable) -> None:
         self._source = source
         self._key: object = None
         self._next = 0
@@ -87,20 +87,20 @@ class RowReader:
         return Piece(found, self._next, ended)
 
     def _open(self, unit: Unit) -> Iterator[Rows]:
-        path = self._source.path(unit.file)
         kind = kind_of(unit.file)
         if kind == ".parquet":
-            return _parquet_batches(path, unit)
+            return _parquet_batches(self._source, unit)
+        path = self._source.path(unit.file)
         if kind == ".jsonl.zst":
             return _line_batches(zst_lines(path), path, unit.file, 0)
         assert unit.offset is not None
         return _line_batches(itertools.islice(plain_lines(path, unit.offset), unit.rows), path, unit.file, unit.row)
 
 
-def _parquet_batches(path: Path, unit: Unit) -> Iterator[Rows]:
+def _parquet_batches(source: Readable, unit: Unit) -> Iterator[Rows]:
     assert unit.groups is not None
-    row = unit.row
-    with open_parquet(path) as file:
+    row, where = unit.row, source.where(unit.file)
+    with source.parquet(unit) as file:
         columns = [name for name in ("text", "id", "url") if name in file.schema_arrow.names]
         groups = range(*unit.groups)
         unpacked = sum(file.metadata.row_group(g).total_byte_size for g in groups)
@@ -108,19 +108,19 @@ def _parquet_batches(path: Path, unit: Unit) -> Iterator[Rows]:
         size = max(1, min(UNIT_LINES, rows * BATCH_BYTES // max(1, unpacked)))
         try:
             for batch in file.iter_batches(size, row_groups=groups, columns=columns, use_threads=False):
-                yield _parquet_rows(batch, path, unit.file, row)
+                yield _parquet_rows(batch, where, unit.file, row)
                 row += len(batch)
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{path}: damaged near row {row}: {error}") from None
+            raise ValueError(f"{where}: damaged near row {row}: {error}") from None
 
 
-def _parquet_rows(batch: pa.RecordBatch, path: Path, name: str, first: int) -> Rows:
-    text = _utf8(batch["text"], path, "text", first)
+def _parquet_rows(batch: pa.RecordBatch, where: str, name: str, first: int) -> Rows:
+    text = _utf8(batch["text"], where, "text", first)
     numbers = np.arange(first, first + len(batch), dtype=np.int64)
     full = pc.fill_null(pc.greater(pc.binary_length(text), 0), False)
     default_ids = pa.array([f"{name}#{row}" for row in numbers]) if _lacks(batch, "id") else None
-    ids = _column(batch, "id", path, first, default_ids)
-    urls = _column(batch, "url", path, first, "")
+    ids = _column(batch, "id", where, first, default_ids)
+    urls = _column(batch, "url", where, first, "")
     if pc.all(full).as_py():
         return Rows(text, ids, urls, numbers, np.empty(0, np.int64), first + len(batch))
     keep = full.to_numpy(zero_copy_only=False)
@@ -132,18 +132,18 @@ def _lacks(batch: pa.RecordBatch, column: str) -> bool:
     return column not in batch.schema.names or batch[column].null_count > 0
 
 
-def _column(batch: pa.RecordBatch, name: str, path: Path, first: int, default: pa.Array | str | None) -> pa.Array:
+def _column(batch: pa.RecordBatch, name: str, where: str, first: int, default: pa.Array | str | None) -> pa.Array:
     """A column as strings, with `default` where the file has none."""
     if name not in batch.schema.names:
         return default if isinstance(default, pa.Array) else pa.array([default] * len(batch), pa.string())
     try:
-        values = _utf8(batch[name].cast(pa.string()), path, name, first)
+        values = _utf8(batch[name].cast(pa.string()), where, name, first)
     except pa.ArrowException:
-        raise ValueError(f"{path}: its column {name!r} holds {batch[name].type}, not strings") from None
+        raise ValueError(f"{where}: its column {name!r} holds {batch[name].type}, not strings") from None
     return values if default is None else pc.coalesce(values, default)
 
 
-def _utf8(column: pa.Array, path: Path, name: str, first: int) -> pa.Array:
+def _utf8(column: pa.Array, where: str, name: str, first: int) -> pa.Array:
     """The column as a string array that is valid UTF-8. ValueError names the row that is not."""
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         column = column.cast(pa.large_string())
@@ -154,8 +154,8 @@ def _utf8(column: pa.Array, path: Path, name: str, first: int) -> pa.Array:
             try:
                 (raw or b"").decode()
             except UnicodeDecodeError as bad:
-                raise ValueError(f"{path}: row {first + i}: {name} is not valid UTF-8: {bad.reason}") from None
-        raise ValueError(f"{path}: damaged near row {first}: {error}") from None
+                raise ValueError(f"{where}: row {first + i}: {name} is not valid UTF-8: {bad.reason}") from None
+        raise ValueError(f"{where}: damaged near row {first}: {error}") from None
     return column
 
 

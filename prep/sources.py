@@ -1,15 +1,28 @@
-"""Files on disk as rows of text: .parquet, .jsonl, .jsonl.zst and .txt (a line is a document)."""
+"""Files as rows of text: .parquet, .jsonl, .jsonl.zst and .txt (a line is a document), on this disk or on the Hub.
+
+`open_source` and `tokenizer_file` are the only places that tell the two apart by name, and import the Hub's client.
+"""
 
 import glob
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prep.lines import READ_BYTES, chunks_of
+from shared.durable import sha256_file
+from shared.manifest import SourceFile
+from shared.stop import Stop
 
+if TYPE_CHECKING:
+    from prep.hub import HubSource
+
+HUB = "hf://"
 KINDS = (".parquet", ".jsonl", ".jsonl.zst", ".txt")
 UNIT_LINES = 4096
 
@@ -32,18 +45,72 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Pin:
+    """What a source on the Hub was found to be, once: its commit and its files."""
+
+    revision: str
+    files: list[SourceFile]
+
+
+class Readable(Protocol):
+    """What a worker needs of a source: its files as they lie on this disk."""
+
+    def path(self, name: str) -> Path: ...  # the whole file
+    def where(self, name: str) -> str: ...  # what messages call it
+    def stamp(self, name: str) -> int | None: ...  # differs once the file has changed; None when it is gone
+    def parquet(self, unit: Unit) -> pq.ParquetFile: ...  # holds at least the row groups of `unit`
+
+
+@dataclass(frozen=True)
 class LocalSource:
     """Files under `root`; `names` are relative to it, sorted by their bytes."""
 
     root: Path
     names: list[str]
+    repository = config = revision = None  # those of a source on the Hub
 
     def path(self, name: str) -> Path:
         return self.root / name
 
+    def where(self, name: str) -> str:
+        return str(self.path(name))
 
-def open_source(spec: str) -> LocalSource:
-    """The files that SRC names: one file, a directory (with its subdirectories) or a glob."""
+    def stamp(self, name: str) -> int | None:
+        path = self.path(name)
+        return path.stat().st_mtime_ns if path.exists() else None
+
+    def identify(self, name: str) -> SourceFile:
+        path = self.path(name)
+        return SourceFile(name, path.stat().st_size, sha256_file(path))
+
+    def metadata(self, name: str) -> pq.FileMetaData:
+        with open_parquet(self.path(name)) as file:
+            return file.metadata
+
+    def parquet(self, unit: Unit) -> pq.ParquetFile:
+        return open_parquet(self.path(unit.file))
+
+    def fetch(self, unit: Unit) -> None:
+        """Nothing to do: it is here."""
+
+    def release(self, unit: Unit) -> None:
+        """Nothing to do: it stays here."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def open_source(
+    spec: str, *, pin: Pin | None = None, stop: Stop | None = None, say: Callable[[str], None] = print
+) -> "LocalSource | HubSource":
+    """The files that SRC names: one file, a directory (with its subdirectories), a glob, or a dataset on the Hub.
+
+    Of the Hub only: `pin` is what an earlier start found; waiting for the network ends at `stop` and is told by `say`.
+    """
+    if spec.startswith(HUB):
+        from prep.hub import open_hub
+
+        return open_hub(spec, pin, Stop() if stop is None else stop, say)
     path = Path(spec).expanduser()
     if path.is_file():
         if kind_of(path.name) is None:
@@ -62,6 +129,15 @@ def open_source(spec: str) -> LocalSource:
     return LocalSource(root.resolve(), sorted(names, key=lambda name: name.encode()))
 
 
+def tokenizer_file(spec: str, *, stop: Stop | None = None, say: Callable[[str], None] = print) -> Path:
+    """The .model file that TOK names, on this disk."""
+    if not spec.startswith(HUB):
+        return Path(spec).expanduser()
+    from prep.hub import fetch_tokenizer
+
+    return fetch_tokenizer(spec, Stop() if stop is None else stop, say)
+
+
 def kind_of(name: str) -> str | None:
     return next((kind for kind in KINDS if name.endswith(kind)), None)
 
@@ -72,7 +148,15 @@ def _last_plain_folder(path: Path) -> Path:
     return Path(*parts[:plain]) if plain else Path()
 
 
-def units_of(source: LocalSource, name: str, unit_bytes: int) -> list[Unit]:
+def all_units(source: "LocalSource | HubSource", unit_bytes: int) -> list[Unit]:
+    """The units of all files, in the order of their names."""
+    with ThreadPoolExecutor(8) as pool:  # footers on the Hub are far away, and counting lines takes time
+        return [
+            unit for units in pool.map(lambda name: units_of(source, name, unit_bytes), source.names) for unit in units
+        ]
+
+
+def units_of(source: "LocalSource | HubSource", name: str, unit_bytes: int) -> list[Unit]:
     """The units of a file in order; of .zst text only the first, since its length is not known yet."""
     kind = kind_of(name)
     if kind == ".parquet":
@@ -88,11 +172,10 @@ def unit_after(unit: Unit) -> Unit:
     return Unit(unit.file, unit.row + UNIT_LINES, None)
 
 
-def _parquet_units(source: LocalSource, name: str, unit_bytes: int) -> list[Unit]:
-    with open_parquet(source.path(name)) as file:
-        metadata = file.metadata
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        packed = [sum(g.column(c).total_compressed_size for c in range(metadata.num_columns)) for g in groups]
+def _parquet_units(source: "LocalSource | HubSource", name: str, unit_bytes: int) -> list[Unit]:
+    metadata = source.metadata(name)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    packed = [sum(g.column(c).total_compressed_size for c in range(metadata.num_columns)) for g in groups]
     return group_units(name, packed, [g.num_rows for g in groups], [g.total_byte_size for g in groups], unit_bytes)
 
 
@@ -139,14 +222,18 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: not a readable parquet file (empty, cut off or damaged): {error}") from None
-    schema = file.schema_arrow
+    check_columns(file.schema_arrow, str(path))
+    return file
+
+
+def check_columns(schema: pa.Schema, where: str) -> None:
+    """ValueError when a parquet file has no column of texts."""
     if "text" not in schema.names:
-        raise ValueError(f"{path}: has no column 'text', only {', '.join(schema.names) or 'none'}")
+        raise ValueError(f"{where}: has no column 'text', only {', '.join(schema.names) or 'none'}")
     kind = schema.field("text").type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not _is_text(kind):
-        raise ValueError(f"{path}: its column 'text' holds {kind}, not strings")
-    return file
+        raise ValueError(f"{where}: its column 'text' holds {kind}, not strings")
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prep.deep import reencode
+from prep.job import reopen
 from prep.scan import Positions, ShardScan
 from shared.durable import sha256_file
 from shared.index import ContentHash, index_name, read_index
@@ -69,10 +70,7 @@ def verify(folder: Path, *, deep: int = 0, source: str | None = None) -> Result:
     reencoded = 0
     if deep and tokenizer and not bad:
         note([problem for split in manifest.splits for problem in _check_text_bytes(split, manifest, scans, tokenizer)])
-        spec = source or load_build(folder).get("source")
-        if spec is None:
-            raise ValueError(f"{folder / BUILD}: does not say where the source is; give --source")
-        reencoded, problems = reencode(folder, manifest, tokenizer, spec, deep)
+        reencoded, problems = reencode(folder, manifest, tokenizer, reopen(folder, manifest, source), deep)
         note(problems)
     return Result(manifest.id, sorted(bad.values(), key=_file), reencoded)
 

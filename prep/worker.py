@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from prep.encoder import Encoder, Ids, Offsets
 from prep.holdout import is_val
 from prep.rows import RowReader
-from prep.sources import LocalSource, Unit
+from prep.sources import Readable, Unit
 
 TEXT_BYTES = 32 << 20  # text that a result holds at most, but for one batch of rows
 ORPHAN_CHECK = 0.2  # seconds
@@ -54,7 +54,9 @@ class Result:
 class Worker:
     """Reads and encodes units; a process has one."""
 
-    def __init__(self, source: LocalSource, stamps: dict[str, int], encoder: Encoder, seed: int, limit: int) -> None:
+    def __init__(
+        self, source: Readable, stamps: dict[str, int | None], encoder: Encoder, seed: int, limit: int
+    ) -> None:
         self._source, self._stamps = source, stamps
         self._encoder = encoder
         self._reader = RowReader(source)
@@ -83,9 +85,8 @@ class Worker:
         )
 
     def _check_unchanged(self, name: str) -> None:
-        path = self._source.path(name)
-        if not path.exists() or path.stat().st_mtime_ns != self._stamps[name]:
-            raise ValueError(f"{path}: changed while it was being read; start again with --restart")
+        if self._source.stamp(name) != self._stamps[name]:
+            raise ValueError(f"{self._source.where(name)}: changed while it was being read; start again with --restart")
 
     def _check_parity(self, text: pa.Array, tokens: Ids, offsets: Offsets, hashes: list[bytes], file: str) -> int:
         """Compare a sample with plain SentencePiece, the first document of each piece in it; returns its size."""
