@@ -61,6 +61,31 @@ TRAIN = $(if $(filter-out 1,$(GPUS)),$(PY) -m torch.distributed.run --nproc-per-
 train: $(CORE) ## train PRESET on DATA as RUN (STEPS to stop earlier, GPUS processes); again to go on
 	exec $(TRAIN) run --preset $(PRESET) --data '$(DATA)' --run '$(RUN)' $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
+# The pilot takes the full data set. Where DATA is not built it rehearses on a small one, made first: such a run shows
+# that all works and what it costs, and cannot go on with the full set, since a run has one data set.
+PILOT_SIZE ?= --train-sequences 32000 --val-sequences 512
+FULL := $(shell test -e '$(DATA)/manifest.json' && echo yes)
+PILOT_DATA = $(if $(FULL),$(DATA),data/pilot)
+PILOT_SAYS = echo 'pilot on $(PILOT_DATA)$(if $(FULL),; make train RUN=$(RUN) goes on with it,: a rehearsal$(,) for $(DATA) is not built)'
+, := ,
+
+.PHONY: rehearsal
+rehearsal: $(CORE)
+	exec $(PY) -m prep tokenize $(if $(SOURCE),--source '$(SOURCE)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') \
+		$(if $(WORKERS),--workers $(WORKERS)) --out data/pilot $(PILOT_SIZE)
+
+.PHONY: pilot
+pilot: RUN := $(if $(filter file,$(origin RUN)),runs/pilot,$(RUN))
+pilot: STEPS := $(or $(STEPS),1000)
+pilot: $(CORE) $(if $(FULL),,$(if $(SOURCE)$(TOKENIZER),rehearsal,$(if $(wildcard data/pilot/manifest.json),,rehearsal)))
+pilot: ## the first STEPS (1000) on DATA, or a rehearsal where that is not built; evaluation, samples, summary
+	@$(PILOT_SAYS)
+	exec $(TRAIN) run --preset $(PRESET) --data '$(PILOT_DATA)' --run '$(RUN)' --steps $(STEPS) $(ARGS)
+	exec $(PY) -m train eval '$(RUN)' --sequences 256
+	exec $(PY) -m train sample '$(RUN)' --prompt '$(PROMPT)' --seed 0
+	exec $(PY) -m train summary '$(RUN)'
+	@$(PILOT_SAYS)
+
 .PHONY: eval
 eval: $(CORE) ## loss of RUN on the whole validation split
 	exec $(PY) -m train eval '$(RUN)' $(ARGS)

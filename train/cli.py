@@ -121,6 +121,15 @@ def sample(path: Path, prompt: str, temperature: float, top_p: float, tokens: in
     )
 
 
+@main.command()
+@click.argument("path", metavar="RUN", type=FOLDER)
+def summary(path: Path) -> None:
+    """Say how far a run is, what it has reached, how fast it is, and what it writes."""
+    from train.summary import summary as lines
+
+    click.echo("\n".join(lines(path)))
+
+
 def _say_on_stderr(line: str) -> None:
     sys.stdout.flush()
     print(one_line(line), file=sys.stderr, flush=True)
