@@ -18,7 +18,7 @@ from train.config import ModelConfig
 from train.model import Model
 
 LADDER = (32, 16, 8, 4, 2, 1)  # micro-batches tried, in sequences
-CPU_MICRO = 4
+CPU_MICRO = 2  # 95m: as fast as 4, in 4 GB instead of 6
 
 # Dense bf16 FLOP/s with fp32 accumulation, from the vendors' data sheets, by the name that CUDA reports.
 PEAK_FLOPS = {
@@ -160,7 +160,7 @@ def eager(model: Model) -> Iterator[None]:
 def ladder(sequences: int, device: str) -> list[int]:
     """The micro-batches to try for this many sequences a process: those that divide them, largest first.
 
-    A CPU gains nothing from more than fills its caches, and does not say when memory runs out: it starts low.
+    A CPU gains nothing from many and does not say when memory runs out: it starts low.
     """
     return [micro for micro in LADDER if sequences % micro == 0 and (device != "cpu" or micro <= CPU_MICRO)]
 

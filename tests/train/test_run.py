@@ -138,7 +138,7 @@ def test_what_was_resolved_at_the_first_start_is_reused(train: Command, data: Pa
     run = tmp_path / "run"
     assert train.run(data, run, "--steps", 1, settings={"batch.micro": "none"}).code == 0
     resolved = json.loads((run / "config.json").read_text())["runtime"]
-    assert (resolved["device"], resolved["micro"], resolved["threads"], resolved["world_size"]) == ("cpu", 4, 1, 1)
+    assert (resolved["device"], resolved["micro"], resolved["threads"], resolved["world_size"]) == ("cpu", 2, 1, 1)
     assert train.run(data, run, "--steps", 2, settings={"batch.micro": "none"}, faults=[("threads", 2)]).code == 0
     assert json.loads((run / "config.json").read_text())["runtime"] == resolved
 
