@@ -146,6 +146,7 @@ def test_the_pilot_is_the_95m_job_for_1000_steps(tree: Path, recorder: Path) -> 
         ),
         ("data/fineweb-edu", {"SOURCE": "x"}, ["run --preset 95m --data data/fineweb-edu"]),
         ("else where", {"DATA": "else where"}, ["run --preset 95m --data else where"]),
+        ("data/pilot.partial", {}, ["tokenize --out data/pilot", "run --preset 95m --data data/pilot"]),
         ("data/fineweb-edu.partial", {}, ["tokenize --out data/pilot", "run --preset 95m --data data/pilot"]),
     ],
 )
