@@ -74,7 +74,7 @@ def evaluate(
         if len(indices):
             tokens = torch.from_numpy(rows(stream, indices, length)).to(model.embedding.device)
             with torch.no_grad(), eager(model):
-                nats += model.loss(tokens[:, :-1], tokens[:, 1:]).double().cpu() * (len(indices) * length)
+                nats += model.loss(tokens[:, :-1], tokens[:, 1:]).cpu().double() * (len(indices) * length)
     distributed.sum_in_place([nats])
     tokens_in_all = sequences * length
     return Evaluation(
