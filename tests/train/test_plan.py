@@ -1,16 +1,17 @@
 """The plan of a job: its numbers are those of the paper's table, of the real model, and of the real checkpoint."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.train.command import TINY, Command
+from tests.train.command import ROOT, TINY, Command
 from tests.train.fake_device import fake_device
-from train.config import Config, apply_settings, preset
-from train.plan import CARDS, LENGTH, memory_of, plan
+from train.config import Config, apply_settings, flatten, preset, to_dict
+from train.plan import CARDS, LENGTH, memory_of, plan, table
 from train.runtime import Runtime, fit_micro, ladder
 
 GPU = Runtime(device="fake", precision="bf16", threads=1, micro=None, compile=False, deterministic=True, world_size=1)
@@ -157,3 +158,13 @@ def test_a_damaged_data_set_is_named(train: Command, data: Path, tmp_path: Path)
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     done = train("plan", "--preset", "tiny", "--data", copy, *small()[0])
     assert done.code == 1 and str(shard) in done.err and not done.out
+
+
+def test_the_document_shows_this_very_plan() -> None:
+    assert "\n".join(table(plan(preset("95m")))) in (ROOT / "train" / "README.md").read_text()
+
+
+def test_the_document_lists_every_setting_with_its_value() -> None:
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| (\S+) \| .+ \|$", (ROOT / "train" / "README.md").read_text(), re.M)
+    values = {k: str(v).lower() for k, v in flatten(to_dict(preset("95m"))).items() if k != "preset"}
+    assert dict(rows) == values
