@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,28 +15,40 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 COUNT = click.IntRange(min=1)
 
 
+JOB_OPTIONS = [
+    click.option("--source", default=SOURCE, help=f"{SRC} [default: FineWeb-Edu's sample-10BT, pinned]"),
+    click.option(
+        "--tokenizer",
+        default=TOKENIZER,
+        help="hf://OWNER/NAME[@REVISION]/FILE.model or a .model file  [default: LLaMA-2's]",
+    ),
+    click.option("--out", required=True, type=FOLDER, help="folder of the data set; built as OUT.partial"),
+    click.option("--train-sequences", type=COUNT, default=1_920_000, show_default=True),
+    click.option("--val-sequences", type=click.IntRange(min=0), default=10_240, show_default=True),
+    click.option("--seq-len", type=COUNT, default=1024, show_default=True, help="tokens a sequence predicts"),
+    click.option("--shard-tokens", type=COUNT, default=1 << 26, show_default=True, help="tokens a shard, but the last"),
+    click.option("--order", type=click.Choice(["shuffled", "listed"]), default="shuffled", show_default=True),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of order and holdout"),
+    click.option("--workers", type=COUNT, default=None, help="processes that encode [default: one a core, at most 8]"),
+    click.option("--unit-bytes", type=COUNT, default=8 << 20, show_default=True, help="packed bytes read at once"),
+    click.option("--restart", is_flag=True, help="discard an unfinished build"),
+]
+
+
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `plan` and `tokenize` both take: everything that decides what is built, and where."""
+    for option in reversed(JOB_OPTIONS):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main() -> None:
     """Pre-tokenise text into memory-mapped uint16 shards with a hashed manifest."""
 
 
 @main.command()
-@click.option("--source", default=SOURCE, help=f"{SRC} [default: FineWeb-Edu's sample-10BT, pinned]")
-@click.option(
-    "--tokenizer",
-    default=TOKENIZER,
-    help="hf://OWNER/NAME[@REVISION]/FILE.model or a .model file  [default: LLaMA-2's]",
-)
-@click.option("--out", required=True, type=FOLDER, help="folder of the data set; built as OUT.partial")
-@click.option("--train-sequences", type=COUNT, default=1_920_000, show_default=True)
-@click.option("--val-sequences", type=click.IntRange(min=0), default=10_240, show_default=True)
-@click.option("--seq-len", type=COUNT, default=1024, show_default=True, help="tokens a sequence predicts")
-@click.option("--shard-tokens", type=COUNT, default=1 << 26, show_default=True, help="tokens a shard, but the last")
-@click.option("--order", type=click.Choice(["shuffled", "listed"]), default="shuffled", show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of order and holdout")
-@click.option("--workers", type=COUNT, default=None, help="processes that encode [default: one a core, at most 8]")
-@click.option("--unit-bytes", type=COUNT, default=8 << 20, show_default=True, help="packed bytes read at once")
-@click.option("--restart", is_flag=True, help="discard an unfinished build")
+@job_options
 def tokenize(
     source: str,
     tokenizer: str,
@@ -67,6 +81,7 @@ def tokenize(
             workers=workers or min(8, _cores()),
             restart=restart,
             stop=stop,
+            tokenizer_spec=tokenizer,
         )
     for name, split in manifest.splits.items():
         click.echo(
@@ -78,6 +93,45 @@ def tokenize(
         f"skipped: {skipped.empty:,} empty, {skipped.in_val:,} in val, {skipped.after_full:,} after train was full"
     )
     click.echo(f"id: {manifest.id}")
+
+
+@main.command()
+@job_options
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object and nothing else")
+def plan(
+    source: str,
+    tokenizer: str,
+    out: Path,
+    train_sequences: int,
+    val_sequences: int,
+    seq_len: int,
+    shard_tokens: int,
+    order: str,
+    seed: int,
+    workers: int | None,
+    unit_bytes: int,
+    restart: bool,
+    as_json: bool,
+) -> None:
+    """Tell what tokenize with the same options will read, download, write and take. Changes nothing."""
+    from shared.stop import Stop
+
+    with Stop().listening() as stop:
+        from prep.pipeline import plan as plan_
+        from prep.plan import Settings
+        from prep.sources import tokenizer_file
+        from shared.tokenizer import load_tokenizer
+
+        def say(line: str) -> None:
+            if not as_json:
+                click.echo(line)
+
+        settings = Settings(train_sequences, val_sequences, seq_len, shard_tokens, order, seed, unit_bytes)
+        model = load_tokenizer(tokenizer_file(tokenizer, stop=stop, say=say), pinned_sha256(tokenizer))
+        many = workers or min(8, _cores())
+        forecast = plan_(source, model, settings, out, workers=many, restart=restart, stop=stop, say=say)
+    for line in [json.dumps(forecast.json())] if as_json else forecast.lines():
+        click.echo(line)
 
 
 @main.command()
@@ -96,11 +150,27 @@ def verify(folder: Path, deep: int, source: str | None, as_json: bool) -> int:
         click.echo(f"{problem.file}: {problem.problem}")
     if not result.ok:
         files = ", ".join(problem.file for problem in result.bad)
-        raise click.ClickException(f"{folder}: bad: {files}; copy the data set again or tokenize again")
+        raise click.ClickException(f"{folder}: bad: {files}; prep repair makes them anew")
     if not as_json:
         again = f", {result.reencoded} documents encoded anew" if deep else ""
         click.echo(f"{folder}: every file is as recorded{again}; id: {result.id}")
     return 0
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--source", default=None, help="where the texts are [default: where they were]")
+@click.option("--tokenizer", default=None, help="where tokenizer.model is, if that is bad [default: where it was]")
+@click.option("--workers", type=COUNT, default=None, help="processes, where all must be built again")
+def repair(folder: Path, source: str | None, tokenizer: str | None, workers: int | None) -> None:
+    """Make what verify finds bad in the data set FOLDER anew, each file as the manifest states it."""
+    from shared.stop import Stop
+
+    with Stop().listening() as stop:
+        from prep.repair import Repair
+
+        bad = Repair(folder, source, tokenizer, workers or min(8, _cores()), stop, click.echo).run()
+    click.echo(f"{folder}: {'whole again' if bad else 'every file is as recorded, nothing to repair'}")
 
 
 @main.command()

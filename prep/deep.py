@@ -49,7 +49,7 @@ def reencode(
         members = list(group)
         if name not in source.names:
             raise ValueError(f"the source has no file {name}; give the --source that the data set was made from")
-        texts = _texts(source, name, [pick.document.row for pick in members])
+        texts = texts_of(source, name, [pick.document.row for pick in members])
         for pick, text in zip(members, texts, strict=True):
             if text is None or sha256(text.encode()).digest() != pick.document.text_sha256:
                 _require_the_same(source, manifest, name)
@@ -110,7 +110,7 @@ def _require_the_same(source: "LocalSource | HubSource", manifest: Manifest, nam
         )
 
 
-def _texts(source: "LocalSource | HubSource", name: str, rows: list[int]) -> Iterator[str | None]:
+def texts_of(source: "LocalSource | HubSource", name: str, rows: list[int]) -> Iterator[str | None]:
     """The text of each of `rows`, which ascend; None for a row that is not there or has no text."""
     parquet = kind_of(name) == ".parquet"
     found = _parquet_texts(source, name, rows) if parquet else _line_texts(source.path(name), rows)

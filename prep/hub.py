@@ -146,6 +146,9 @@ class HubSource:
                 self._whole[name] = self._same_size(name, Path(path))
             return self._whole[name]
 
+    def file_size(self, name: str) -> int:
+        return self._files[name].size
+
     def identify(self, name: str) -> SourceFile:
         """Name, size and sha256 of a file: as the Hub states them, or hashed where it states no sha256."""
         if not self._files[name].sha256:

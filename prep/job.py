@@ -30,6 +30,7 @@ class Job:
     tokenizer: Tokenizer
     settings: Settings
     out: Path
+    tokenizer_spec: str | None = None  # TOK as the user gave it
 
     @property
     def partial(self) -> Path:
@@ -38,7 +39,7 @@ class Job:
     @property
     def spec_path(self) -> str:
         """SRC with its path made absolute, so that a later `verify --deep` finds it from anywhere."""
-        return self.spec if self.spec.startswith(HUB) else str(Path(self.spec).expanduser().absolute())
+        return findable(self.spec)
 
     def config(self) -> dict[str, Any]:
         """The named values that decide the bytes, as a later start compares them."""
@@ -48,6 +49,10 @@ class Job:
             "source files": _as_lists(self.files),
             "source": source_name(self.source.repository, self.source.config, self.source.revision),
         }
+
+
+def findable(spec: str) -> str:
+    return spec if spec.startswith(HUB) else str(Path(spec).expanduser().absolute())
 
 
 def source_name(repository: str | None, config: str | None, revision: str | None) -> str:

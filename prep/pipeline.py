@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -22,7 +22,8 @@ import click
 from prep import worker
 from prep.ahead import Ahead
 from prep.encoder import Encoder
-from prep.job import DOWNLOAD, Job, finished, hash_files, pin_of, prepare, publish
+from prep.forecast import Forecast, forecast_source
+from prep.job import DOWNLOAD, Job, findable, finished, hash_files, pin_of, prepare, publish
 from prep.plan import Plan, Settings, Step
 from prep.sources import LocalSource, all_units, open_source
 from prep.worker import Result, Worker
@@ -51,7 +52,15 @@ PACKAGES = ("numpy", "pyarrow", "sentencepiece", "zstandard", "huggingface_hub")
 
 
 def build(
-    spec: str, tokenizer: Tokenizer, settings: Settings, out: Path, *, workers: int, restart: bool, stop: Stop
+    spec: str,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    out: Path,
+    *,
+    workers: int,
+    restart: bool,
+    stop: Stop,
+    tokenizer_spec: str | None = None,
 ) -> Manifest:
     """Make `out` or go on making it. ValueError and OSError for what the user must mend; Interrupted at a signal."""
     out = out.absolute()
@@ -63,12 +72,31 @@ def build(
             click.echo(f"{out}: already complete, nothing to do")
             return manifest
         stamps = {name: source.stamp(name) for name in source.names}
-        job = Job(spec, source, hash_files(source), tokenizer, settings, out)
+        job = Job(spec, source, hash_files(source), tokenizer, settings, out, tokenizer_spec)
         stop.check(f"{out}: interrupted before anything was done; the same command starts again")
         prepare(job, restart)
         if (job.partial / MANIFEST).exists() and not (job.partial / JOURNAL).exists():
             return publish(job)  # a former start was killed right before its last step
         return _Build(job, stamps, workers, stop, progress).run()
+
+
+def plan(
+    spec: str,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    out: Path,
+    *,
+    workers: int,
+    restart: bool,
+    stop: Stop,
+    say: Callable[[str], None],
+) -> Forecast:
+    """What `build` would take, found without changing anything. ValueError for what is wrong with the source."""
+    out = out.absolute()
+    source = open_source(spec, pin=pin_of(spec, out, restart), stop=stop, say=say)
+    tracks = Plan(all_units(source, settings.unit_bytes), settings.order, settings.seed).tracks
+    disk = next(folder for folder in (out, *out.parents) if folder.is_dir())
+    return forecast_source(source, tracks, settings, Encoder(tokenizer), workers, disk)
 
 
 class _Build:
@@ -159,6 +187,10 @@ class _Build:
         click.echo(
             f"wanted: {wanted}, in sequences of {s.sequence_length:,}; {len(self.plan.tracks):,} units, {s.order}"
         )
+        for line in forecast_source(
+            self.job.source, self.plan.tracks, s, self.encoder, self.workers, self.job.partial
+        ).lines():
+            click.echo(line)
         if self.done_before:
             click.echo(f"{self.job.partial}: going on at {self.done_before:,} tokens")
 
@@ -171,8 +203,8 @@ class _Build:
         seconds = max(time.monotonic() - self.began, 1e-9)
         rate = (done - self.done_before) / seconds
         left = duration((total - done) / rate) if rate else "?"
-        return (
-            f"{done:,} of {total:,} tokens ({done / total:.1%}) · {rate / 1e6:.2f} M tokens/s · "
+        return (  # 77 columns for the whole job
+            f"{done / 1e6:.1f}/{total / 1e6:.1f} M tokens {done / total:.1%} · {rate / 1e6:.2f} M tokens/s · "
             f"{self.text_bytes / seconds / 1e6:.1f} MB/s · {left} left"
         )
 
@@ -232,6 +264,7 @@ class _Build:
             "starts": self.writer.starts,
             "workers": self.workers,
             "source": self.job.spec_path,
+            "tokenizer": findable(self.job.tokenizer_spec) if self.job.tokenizer_spec else None,
             "encoder": self.encoder.slow_reason or "parts",
             "parity": {"documents": self.writer.parity, "mismatches": 0},
             "indexes": indexes,

@@ -79,6 +79,9 @@ class LocalSource:
         path = self.path(name)
         return path.stat().st_mtime_ns if path.exists() else None
 
+    def file_size(self, name: str) -> int:
+        return self.path(name).stat().st_size
+
     def identify(self, name: str) -> SourceFile:
         path = self.path(name)
         return SourceFile(name, path.stat().st_size, sha256_file(path))

@@ -93,17 +93,8 @@ class SplitWriter:
         """Write the index; the manifest's entry for this split, and build.json's for the index's own bytes."""
         assert self.tokens == self._budget and self.last_document is not None
         name = index_name(self._split)
-        path, content, rows = self._folder / name, ContentHash(), 0
-        with path.open("wb") as file:
-            with pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=["start"]) as writer:
-                for table in _regrouped(self._read_rows()):
-                    for batch in table.to_batches():
-                        content.update(batch)
-                    rows += len(table)
-                    writer.write_table(table, row_group_size=ROW_GROUP)
-            file.flush()
-            os.fsync(file.fileno())
-        fsync_folder(path.parent)
+        path = self._folder / name
+        index = write_index(path, name, self._read_rows())
         split = Split(
             sequences=sequences,
             tokens=self.tokens,
@@ -111,7 +102,7 @@ class SplitWriter:
             utf8_bytes=self.utf8_bytes,
             last_document=LastDocument(**self.last_document),
             shards=self._shards,
-            index=Index(name, rows, content.hexdigest()),
+            index=index,
         )
         return split, {name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}}
 
@@ -193,6 +184,22 @@ class SplitWriter:
             path = self._folder / shard_name(self._split, len(self._shards))
             sha256_file(path, self._digest.update)
             self._shard = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+
+def write_index(path: Path, name: str, batches: Iterator[pa.RecordBatch]) -> Index:
+    """Write the rows of an index durably; what the manifest says of it under `name`."""
+    content, rows = ContentHash(), 0
+    with path.open("wb") as file:
+        with pq.ParquetWriter(file, SCHEMA, compression="zstd", write_statistics=["start"]) as writer:
+            for table in _regrouped(batches):
+                for batch in table.to_batches():
+                    content.update(batch)
+                rows += len(table)
+                writer.write_table(table, row_group_size=ROW_GROUP)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_folder(path.parent)
+    return Index(name, rows, content.hexdigest())
 
 
 def _runs(offsets: Offsets, kept: list[Kept]) -> Iterator[tuple[int, int]]:

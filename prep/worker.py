@@ -67,7 +67,7 @@ class Worker:
         piece = self._reader.read(unit, row, stop, TEXT_BYTES)
         text = pa.chunked_array([rows.text for rows in piece.rows], _common_type(piece.rows)).combine_chunks()
         encoded = self._encoder.encode(text)
-        hashes = _hash_texts(text)
+        hashes = hash_texts(text)
         return Result(
             tokens=encoded.tokens,
             offsets=encoded.offsets,
@@ -104,7 +104,7 @@ def _common_type(rows: list) -> pa.DataType:  # type: ignore[type-arg]
     return rows[0].text.type if rows else pa.string()
 
 
-def _hash_texts(text: pa.Array) -> list[bytes]:
+def hash_texts(text: pa.Array) -> list[bytes]:
     raw = text.cast(pa.large_binary())
     starts = np.frombuffer(raw.buffers()[1], dtype="<i8")[raw.offset : raw.offset + len(raw) + 1].tolist()
     data = memoryview(raw.buffers()[2] or b"")
