@@ -20,10 +20,12 @@ ifdef PYTHON
 PY := $(PYTHON)
 CORE :=
 TEST :=
+BENCH :=
 else
 PY := .venv/bin/python
 CORE := .venv/.core
 TEST := .venv/.test
+BENCH := .venv/.bench
 endif
 BASE_PYTHON ?= python3
 # The packages of pyproject.toml ("" is the core, other words are extras), at the versions of the lock.
@@ -42,6 +44,11 @@ help: ## this list
 
 .venv/.test: .venv/.core
 	$(PY) -c '$(NEEDS)' test > .venv/needs.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -r .venv/needs.txt
+	touch $@
+
+.venv/.bench: .venv/.test
+	$(PY) -c '$(NEEDS)' bench > .venv/needs.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -r .venv/needs.txt
 	touch $@
 
@@ -116,7 +123,7 @@ lint: $(TEST) ## ruff and mypy
 	$(PY) -m mypy
 
 .PHONY: bench
-bench: $(TEST) ## measure against what one would use instead; on ../shared/corpus where it is present
+bench: $(BENCH) ## measure against what one would use instead; on ../shared/corpus where it is present
 	exec $(PY) -m tests.bench $(ARGS)
 
 .PHONY: clean

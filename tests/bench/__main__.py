@@ -4,6 +4,7 @@ On ../shared/corpus with its tokenizer where they are present, else on a sample 
 between the candidates, so that a machine whose speed drifts is fair to both; the ratio is the median over the rounds.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -26,6 +27,8 @@ from shared.provenance import processor
 from shared.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+# pool: SentencePiece processes; rust: gigatoken, where the extra `bench` is installed
+OTHERS = ["pool", "rust"] if importlib.util.find_spec("gigatoken") else ["pool"]
 CORPUS, LLAMA = ROOT.parent / "shared" / "corpus", ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"
 
 
@@ -46,6 +49,7 @@ def encoder_against_sentencepiece(files: list[Path], tokenizer_path: Path, round
         began = time.perf_counter()
         ids = [encoder.reference(text) for unit in units[::4] for text in unit.to_pylist()]
         plain.append(sum(map(len, ids)) / (time.perf_counter() - began))
+    rust = _gigatoken(units, tokenizer_path, rounds)
     same = all(
         np.array_equal(encoder.encode(unit).tokens, np.concatenate([encoder.reference(t) for t in unit.to_pylist()]))
         for unit in units[::4]
@@ -57,7 +61,24 @@ def encoder_against_sentencepiece(files: list[Path], tokenizer_path: Path, round
         "encoder M tokens/s": _m(fast),
         "encoder, second pass M tokens/s": _m(warm),
         "encoder / sentencepiece": _ratio(fast, plain),
+        **({"gigatoken M tokens/s": _m(rust), "encoder / gigatoken": _ratio(fast, rust)} if rust else {}),
     }
+
+
+def _gigatoken(units: list[pa.Array], tokenizer: Path, rounds: int) -> list[float]:
+    """tokens/s of a fresh gigatoken on one core over the same texts; nothing without the extra `bench`."""
+    if importlib.util.find_spec("gigatoken") is None:
+        return []
+    import gigatoken
+
+    texts = [unit.to_pylist() for unit in units]
+    rates = []
+    for _ in range(rounds):
+        encoder = gigatoken.Tokenizer.from_sentencepiece(str(tokenizer))
+        began = time.perf_counter()
+        tokens = sum(len(ids) for part in texts for ids in encoder.encode_batch(part, parallel=False))
+        rates.append(tokens / (time.perf_counter() - began))
+    return rates
 
 
 def tokenize_against_pool(files: list[Path], tokenizer: Path, rounds: int, workers: int) -> dict[str, Any]:
@@ -73,26 +94,27 @@ def tokenize_against_pool(files: list[Path], tokenizer: Path, rounds: int, worke
             *(str(tokenizer), "--out", str(folder / "out"), "--workers", str(workers)),
             *("--train-sequences", str(sequences - 256), "--val-sequences", "256"),
         ]
-        pool = [sys.executable, str(ROOT / "tests/bench/pool.py"), str(folder / "source"), str(tokenizer)]
-        pool += [str(folder / "out.bin"), str(workers)]
-        ours, theirs, ours_running, theirs_running = [], [], [], []
+        others = {
+            name: [sys.executable, str(ROOT / f"tests/bench/{name}.py"), str(folder / "source")] for name in OTHERS
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ("prep", *OTHERS)}
+        running: dict[str, list[float]] = {name: [] for name in ("prep", *OTHERS)}
         for _ in range(rounds):
-            seconds, output, _ = _run(pool)
-            theirs.append((folder / "out.bin").stat().st_size / 2 / seconds)
-            theirs_running.append(_running(output))
+            for name, command in others.items():
+                seconds, output, _ = _run([*command, str(tokenizer), str(folder / "out.bin"), str(workers)])
+                rates[name].append((folder / "out.bin").stat().st_size / 2 / seconds)
+                running[name].append(_running(output))
             seconds, output, memory = _run(prep)
-            ours.append((sequences * 1024 + 2) / seconds)
-            ours_running.append(_running(output))
+            rates["prep"].append((sequences * 1024 + 2) / seconds)
+            running["prep"].append(_running(output))
             shutil.rmtree(folder / "out")
     return {
         "workers": workers,
-        "pool M tokens/s": _m(theirs),
-        "prep M tokens/s": _m(ours),
-        "prep / pool, whole processes": _ratio(ours, theirs),
-        "prep / pool, once running": _ratio(ours_running, theirs_running),
-        "prep seconds": round((sequences * 1024) / statistics.median(ours), 2),
-        "pool seconds": round((sequences * 1024) / statistics.median(theirs), 2),
         "prep MB, largest process": memory,
+        "whole process, M tokens/s": {name: _m(rate) for name, rate in rates.items()},
+        "prep / other, whole processes": {name: _ratio(rates["prep"], rates[name]) for name in OTHERS},
+        "once running, M tokens/s": {name: _m(rate) for name, rate in running.items()},
+        "prep / other, once running": {name: _ratio(running["prep"], running[name]) for name in OTHERS},
     }
 
 
