@@ -26,7 +26,7 @@ class Ahead:
 
     def __init__(self, source: "LocalSource | HubSource", pool: Executor, workers: int, left: int) -> None:
         self._source, self._pool, self._workers, self._left = source, pool, workers, left
-        self._bytes = self._tokens = 0  # read and written so far
+        self._steps = self._bytes = self._tokens = 0  # read and written so far
         if not isinstance(source, LocalSource):
             pool.submit(os.getpid).result()  # the processes are forked now, before there are threads
 
@@ -35,14 +35,16 @@ class Ahead:
         steps = list(pending)
         if isinstance(self._source, LocalSource):
             return len(steps) < 2 * self._workers
-        if not steps or not self._tokens:
-            return len(steps) < self._workers
+        # At first no further than it has come, since few units say little about how many tokens a byte makes.
+        if not steps or len(steps) >= min(self._workers + self._steps, 2 * self._workers + STEPS_AHEAD):
+            return not steps
         size = sum(self._size(step, step.stop) for step in steps)
-        enough = size * self._tokens >= self._left * self._bytes
-        return not enough and size < BYTES_AHEAD and len(steps) < 2 * self._workers + STEPS_AHEAD
+        enough = self._bytes and size * self._tokens >= self._left * self._bytes
+        return not enough and size < BYTES_AHEAD
 
     def written(self, step: Step, next_row: int, left: int) -> None:
         """The rows of `step` up to `next_row` are in the data set, which still takes `left` tokens."""
+        self._steps += 1
         self._bytes += self._size(step, next_row)
         self._tokens += self._left - left
         self._left = left

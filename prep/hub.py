@@ -106,8 +106,9 @@ class HubSource:
         self.names = sorted(files, key=lambda name: name.encode())
         self._files, self._transfers = files, transfers
         self._temporary = tempfile.TemporaryDirectory(prefix="prep-hub-")
-        self._folder = Path(self._temporary.name)
         self._whole: dict[str, Path] = {}
+        self._spans: dict[Unit, tuple[int, int]] = {}
+        self.work_in(Path(self._temporary.name))
         self._locks: defaultdict[object, threading.Lock] = defaultdict(threading.Lock)
         self._connections = threading.BoundedSemaphore(CONNECTIONS)
         for name in self.names:
@@ -126,7 +127,9 @@ class HubSource:
 
     def work_in(self, folder: Path) -> None:
         """Keep what is fetched in `folder`, which must be empty, rather than in a temporary one."""
-        self._folder = folder
+        numbers = {name: number for number, name in enumerate(self.names)}
+        sizes = {name: file.size for name, file in self._files.items()}
+        self._here = Fetched(self.address, folder, numbers, sizes, self._whole)
 
     def where(self, name: str) -> str:
         return f"{self.address}/{name}"
@@ -160,7 +163,7 @@ class HubSource:
         if name in self._whole:
             with open_parquet(self._whole[name]) as file:
                 return file.metadata
-        path = self.fetched().footer_path(name)
+        path = self._here.footer_path(name)
         with self._locks[path]:
             if not path.exists():
                 self._fetch_footer(name, path)
@@ -172,7 +175,7 @@ class HubSource:
         return metadata
 
     def parquet(self, unit: Unit) -> pq.ParquetFile:
-        return self.fetched().parquet(unit)
+        return self._here.parquet(unit)
 
     def fetch(self, unit: Unit) -> None:
         """Put what `unit` reads on this disk."""
@@ -180,7 +183,7 @@ class HubSource:
             self.path(unit.file)
         if unit.file in self._whole:
             return
-        path = self.fetched().span_path(unit)
+        path = self._here.span_path(unit)
         with self._locks[path], self._connections:
             if not path.exists():
                 aside = path.with_suffix(".part")
@@ -198,19 +201,20 @@ class HubSource:
     def release(self, unit: Unit) -> None:
         """Give back the room that `unit` took."""
         if unit.groups is not None:
-            self.fetched().span_path(unit).unlink(missing_ok=True)
+            self._here.span_path(unit).unlink(missing_ok=True)
 
     def close(self) -> None:
         self._transfers.close()
 
     def fetched(self) -> Fetched:
-        numbers = {name: number for number, name in enumerate(self.names)}
-        sizes = {name: file.size for name, file in self._files.items()}
-        return Fetched(self.address, self._folder, numbers, sizes, dict(self._whole))
+        """What a worker is given."""
+        return self._here
 
     def _span(self, unit: Unit) -> tuple[int, int]:
         assert unit.groups is not None
-        return span_of(self.metadata(unit.file), unit.groups)
+        if unit not in self._spans:
+            self._spans[unit] = span_of(self.metadata(unit.file), unit.groups)
+        return self._spans[unit]
 
     def _fetch_footer(self, name: str, path: Path) -> None:
         size, tail = self._files[name].size, BytesIO()

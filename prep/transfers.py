@@ -11,6 +11,7 @@ without starting over, so those are plain GETs to its URLs with its headers.
 import email.utils
 import errno
 import http.client
+import importlib
 import re
 import threading
 import time
@@ -229,8 +230,6 @@ def in_background(work: Callable[[], T]) -> "Future[T]":
 
 def hub_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub raises when a request fails: its own errors, and those of the HTTP client it stands on."""
-    import importlib
-
     from huggingface_hub.utils import get_session
 
     client = importlib.import_module(type(get_session()).__module__.partition(".")[0])

@@ -1,6 +1,7 @@
 """What the tests of the Hub share: a small repository in the shape of FineWeb-Edu, and runs of the CLI against it."""
 
 import os
+import random
 import subprocess
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def write_files(folder: Path, files: int = 3, copies: int = 3) -> None:
     rows = golden_rows()
     for number in range(files):
         texts = [f"{number} {copy} {row['text'] or ''}" for copy in range(copies) for row in rows]
+        random.Random(number).shuffle(texts)  # so that one part of a file is like another
         table = pa.table({"text": texts, "id": [f"{number}/{i}" for i in range(len(texts))]})
         path = folder / "sample" / "10BT" / f"{number:03d}_00000.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)

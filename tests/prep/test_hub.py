@@ -12,7 +12,9 @@ import pytest
 
 from tests.prep.builds import LLAMA, ROOT, TOKENIZER, bytes_of, one_line_error, prep, tokenize_arguments
 from tests.prep.hub_builds import COMMIT, FINEWEB, NEWER, ON_MAIN, SMALL, environment, hub_of, hub_tokenize, write_files
-from tests.prep.hub_server import Fault, Hub, Request, once, serving
+from tests.prep.hub_server import Fault, Hub, Repository, Request, once, serving
+
+LLAMA_2 = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +88,31 @@ def test_every_default_works_with_all_faults_on(files: Path, tmp_path: Path, hub
 
 @pytest.mark.corpus
 @pytest.mark.skipif(not LLAMA.exists(), reason="no ../shared")
+def test_make_tokenize_works_with_every_default_and_faults_on(tmp_path: Path, hub: Hub) -> None:
+    hub.repositories[LLAMA_2] = Repository(
+        "models", {"c" * 40: {"tokenizer.model": LLAMA.read_bytes()}}, {"main": "c" * 40}
+    )
+    hub.faults += [once(Fault(503), data, times=3), once(Fault(cut=700), spans, times=3)]
+    hub.faults.append(once(Fault(429, {"Retry-After": "1"}), lambda r: r.storage))
+    smaller = "ARGS=--train-sequences 100 --val-sequences 4 --seq-len 128"
+    command = ["make", "tokenize", f"PYTHON={sys.executable}", f"DATA={tmp_path / 'out'}", smaller]
+    env = environment(hub, tmp_path)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert prep("verify", tmp_path / "out", "--deep", 10, env=env).returncode == 0
+
+
+@pytest.mark.corpus
+@pytest.mark.skipif(not LLAMA.exists(), reason="no ../shared")
 def test_the_default_tokenizer_is_the_pinned_one(tmp_path: Path, hub: Hub) -> None:
     from prep import defaults
-    from tests.prep.hub_server import Repository
 
-    hub.repositories["TinyLlama/TinyLlama-1.1B-Chat-v1.0"] = Repository(
+    hub.repositories[LLAMA_2] = Repository(
         "models", {"c" * 40: {"tokenizer.model": LLAMA.read_bytes()}}, {"main": "c" * 40}
     )
     done = hub_tokenize(hub, tmp_path / "out", tokenizer=defaults.TOKENIZER)
     assert done.returncode == 0, done.stderr
-    hub.repositories["TinyLlama/TinyLlama-1.1B-Chat-v1.0"].commits["c" * 40] = {"tokenizer.model": b"another"}
+    hub.repositories[LLAMA_2].commits["c" * 40] = {"tokenizer.model": b"another"}
     env = environment(hub, tmp_path / "other")
     line = one_line_error(hub_tokenize(hub, tmp_path / "out2", tokenizer=defaults.TOKENIZER, env=env), 1)
     assert "expected 9e556afd" in line
@@ -144,8 +161,9 @@ def test_a_killed_build_goes_on_without_fetching_what_it_has(tmp_path: Path, hub
         process.kill()
     tracks = json.loads(journal.read_bytes())["cursor"]["track"]
     order = planned(hub, tmp_path)
-    done_before = set(order[:tracks])
-    assert (tmp_path / "out.partial" / "download").exists()
+    done_before = {(name, first) for name, first, _ in order[:tracks]}
+    kept = {path.name for path in (tmp_path / "out.partial" / "download").glob("*.span")}
+    assert not kept & {span for _, _, span in order[: tracks - 1]}, "what is written is not kept"
     hub.requests.clear()
     hub.repositories[FINEWEB].branches["main"] = NEWER  # whose files are others: it has none
     again = prep(*arguments, env=environment(hub, tmp_path))
@@ -156,8 +174,8 @@ def test_a_killed_build_goes_on_without_fetching_what_it_has(tmp_path: Path, hub
     assert prep(*arguments, env=environment(hub, tmp_path)).stdout.count("already complete") == 1
 
 
-def planned(hub: Hub, home: Path) -> list[tuple[str, int]]:
-    """(file, first byte) of each unit in the order of the plan, found with the code of the plan in a process apart."""
+def planned(hub: Hub, home: Path) -> list[tuple[str, int, str]]:
+    """(file, first byte, name while it is here) of each unit in the order of the plan, found in a process apart."""
     code = """if True:
         import json, sys
         from prep.plan import Plan
@@ -165,11 +183,12 @@ def planned(hub: Hub, home: Path) -> list[tuple[str, int]]:
         from prep.spans import span_of
         source = open_source(sys.argv[1])
         plan = Plan(all_units(source, int(sys.argv[2])), "shuffled", 0)
-        print(json.dumps([(u.file, span_of(source.metadata(u.file), u.groups)[0]) for u in plan.tracks]))
+        first = lambda u: span_of(source.metadata(u.file), u.groups)[0]
+        print(json.dumps([(u.file, first(u), source.fetched().span_path(u).name) for u in plan.tracks]))
     """
     command = [sys.executable, "-c", code, f"hf://{FINEWEB}@{COMMIT}?config=sample-10BT", str(SMALL["unit_bytes"])]
     done = subprocess.run(command, cwd=ROOT, env=environment(hub, home), capture_output=True, text=True, check=True)
-    return [(name, first) for name, first in json.loads(done.stdout)]
+    return [(name, first, span) for name, first, span in json.loads(done.stdout)]
 
 
 def test_a_moved_branch_does_not_change_a_build_but_a_new_one(
@@ -261,8 +280,12 @@ def test_offline_reads_what_is_cached_and_says_what_is_not(tmp_path: Path, hub: 
     assert not any(data(request) for request in hub.requests), "cached files are read where they are"
 
 
-def test_a_signal_ends_a_wait_for_the_hub_at_once(tmp_path: Path, hub: Hub) -> None:
-    hub.faults.append(lambda r: Fault(429, {"Retry-After": "500"}) if spans(r) else None)
+@pytest.mark.parametrize("least", [1000, 9000], ids=["footer", "unit"])
+def test_a_signal_ends_a_wait_for_the_hub_at_once(least: int, tmp_path: Path, hub: Hub) -> None:
+    def large(request: Request) -> bool:
+        return spans(request) and request.range is not None and request.range[1] - request.range[0] > least
+
+    hub.faults.append(lambda r: Fault(429, {"Retry-After": "500"}) if large(r) else None)
     arguments = tokenize_arguments(ON_MAIN, tmp_path / "out", **SMALL)
     command = [sys.executable, "-m", "prep", *arguments]
     with subprocess.Popen(
@@ -282,7 +305,6 @@ def test_files_that_are_not_parquet_are_read_whole(tmp_path: Path, hub: Hub) -> 
     import zstandard
 
     from tests.prep.builds import SOURCE
-    from tests.prep.hub_server import Repository
 
     rows = (SOURCE / "prose.jsonl").read_bytes()
     content = {

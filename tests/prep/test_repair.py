@@ -23,8 +23,12 @@ TRAIN, VAL = "train/documents.parquet", "val/documents.parquet"
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(SOURCE, folder / "source")
-    arguments = tokenize_arguments(folder / "source", folder / "data", train_sequences=80, seq_len=100)
-    assert prep(*arguments).returncode == 0
+    shutil.copyfile(SOURCE / "prose.jsonl", folder / "source" / "again.jsonl")
+    arguments = tokenize_arguments(
+        folder / "source", folder / "data", train_sequences=700, seq_len=100, shard_tokens=25_000, unit_bytes=1
+    )
+    assert (done := prep(*arguments)).returncode == 0, done.stderr
+    assert json.loads((folder / "data/manifest.json").read_text())["skipped"]["in_val"], "duplicates were met"
     return folder / "data"
 
 
@@ -89,7 +93,7 @@ def test_every_damage_is_repaired_to_the_same_bytes(damage: str, data: Path, who
     options = ["--source", whole.parent / "source", "--tokenizer", TOKENIZER] if "build.json" in bad else []
     done = prep("repair", data, *options)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert bytes_of(data) == bytes_of(whole) and verify(data, deep=5, source=str(SOURCE)).ok
+    assert bytes_of(data) == bytes_of(whole) and verify(data, deep=5, source=str(whole.parent / "source")).ok
     for path, inode in before.items():
         if path.exists() and str(path.relative_to(data)) not in [*bad, "build.json"]:
             assert path.stat().st_ino == inode, f"{path} was good and is left alone"
@@ -117,10 +121,10 @@ def test_a_bad_manifest_is_refused(data: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["a flipped byte in a shard", "an index missing", "a split missing"])
-def test_another_source_replaces_nothing(damage: str, data: Path, tmp_path: Path) -> None:
+def test_another_source_replaces_nothing(damage: str, data: Path, whole: Path, tmp_path: Path) -> None:
     DAMAGES[damage](data)
     before = bytes_of(data)
-    other = Path(shutil.copytree(SOURCE, tmp_path / "other"))
+    other = Path(shutil.copytree(whole.parent / "source", tmp_path / "other"))
     for file in other.iterdir():
         file.write_bytes(file.read_bytes().replace(b"the ", b"teh "))
     line = one_line_error(prep("repair", data, "--source", other), 1)
