@@ -6,7 +6,6 @@ between the candidates, so that a machine whose speed drifts is fair to both; th
 
 import importlib.util
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -101,13 +100,14 @@ def tokenize_against_pool(files: list[Path], tokenizer: Path, rounds: int, worke
         running: dict[str, list[float]] = {name: [] for name in ("prep", *OTHERS)}
         for _ in range(rounds):
             for name, command in others.items():
-                seconds, output, _ = _run([*command, str(tokenizer), str(folder / "out.bin"), str(workers)])
+                seconds, output = _run([*command, str(tokenizer), str(folder / "out.bin"), str(workers)])
                 rates[name].append((folder / "out.bin").stat().st_size / 2 / seconds)
                 running[name].append(_running(output))
-            seconds, output, memory = _run(prep)
+            seconds, output = _run(prep)
             rates["prep"].append((sequences * 1024 + 2) / seconds)
             running["prep"].append(_running(output))
             shutil.rmtree(folder / "out")
+        memory = _memory(prep)
     return {
         "workers": workers,
         "prep MB, largest process": memory,
@@ -128,17 +128,20 @@ def _count(files: list[Path], tokenizer: Path) -> int:
     return sum(len(encoder.encode(unit).tokens) for f in files for unit in _units(pq.read_table(f)["text"]))
 
 
-def _run(command: list[str]) -> tuple[float, str, int]:
-    """Seconds, what it printed, and the MB of its largest process."""
+def _run(command: list[str]) -> tuple[float, str]:
+    """Seconds, and what it printed."""
     began = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        if status:
-            raise SystemExit(f"{' '.join(command)} failed")
-        output.seek(0)
-        return seconds, output.read(), usage.ru_maxrss // 1024
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return time.perf_counter() - began, done.stdout
+
+
+def _memory(command: list[str]) -> int:
+    """MB of its largest process. Started by a small program: a child begins with the size of what forked it."""
+    code = "import resource as r, subprocess, sys; subprocess.run(sys.argv[1:], stdout=-3, check=True)"
+    code += "; print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss)"
+    return int(_run([sys.executable, "-c", code, *command])[1]) // 1024
 
 
 def _running(output: str) -> float:
