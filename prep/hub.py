@@ -105,10 +105,9 @@ class HubSource:
         self.repository, self.config, self.revision = repository, config, revision
         self.names = sorted(files, key=lambda name: name.encode())
         self._files, self._transfers = files, transfers
-        self._temporary = tempfile.TemporaryDirectory(prefix="prep-hub-")
+        self._here: Fetched | None = None
         self._whole: dict[str, Path] = {}
         self._spans: dict[Unit, tuple[int, int]] = {}
-        self.work_in(Path(self._temporary.name))
         self._locks: defaultdict[object, threading.Lock] = defaultdict(threading.Lock)
         self._connections = threading.BoundedSemaphore(CONNECTIONS)
         for name in self.names:
@@ -163,7 +162,7 @@ class HubSource:
         if name in self._whole:
             with open_parquet(self._whole[name]) as file:
                 return file.metadata
-        path = self._here.footer_path(name)
+        path = self.fetched().footer_path(name)
         with self._locks[path]:
             if not path.exists():
                 self._fetch_footer(name, path)
@@ -175,7 +174,7 @@ class HubSource:
         return metadata
 
     def parquet(self, unit: Unit) -> pq.ParquetFile:
-        return self._here.parquet(unit)
+        return self.fetched().parquet(unit)
 
     def fetch(self, unit: Unit) -> None:
         """Put what `unit` reads on this disk."""
@@ -183,7 +182,7 @@ class HubSource:
             self.path(unit.file)
         if unit.file in self._whole:
             return
-        path = self._here.span_path(unit)
+        path = self.fetched().span_path(unit)
         with self._locks[path], self._connections:
             if not path.exists():
                 aside = path.with_suffix(".part")
@@ -201,14 +200,19 @@ class HubSource:
     def release(self, unit: Unit) -> None:
         """Give back the room that `unit` took."""
         if unit.groups is not None:
-            self._here.span_path(unit).unlink(missing_ok=True)
+            self.fetched().span_path(unit).unlink(missing_ok=True)
 
     def close(self) -> None:
         self._transfers.close()
 
     def fetched(self) -> Fetched:
         """What a worker is given."""
-        return self._here
+        with self._locks["folder"]:
+            if self._here is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="prep-hub-")  # removed when this object goes
+                self.work_in(Path(self._temporary.name))
+            assert self._here is not None
+            return self._here
 
     def _span(self, unit: Unit) -> tuple[int, int]:
         assert unit.groups is not None
