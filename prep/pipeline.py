@@ -160,13 +160,7 @@ class _Build:
             while not wait([future], timeout=WAIT).done:
                 self.progress.show(self._line)
                 self._check_stop()
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                raise ValueError(
-                    f"{step.unit.file}: a worker process died (out of memory?); "
-                    "the same command goes on where it stopped, with fewer --workers if need be"
-                ) from None
+            result = future.result()
             if result.ended:
                 self.plan.ended(step.track)
             elif result.next_row < step.stop:  # very long documents: the rest comes before whatever follows it
@@ -289,5 +283,10 @@ def _pool(workers: int, make: "partial[Worker]") -> Iterator[ProcessPoolExecutor
     pool = ProcessPoolExecutor(workers, context, initializer=worker.start, initargs=(make, os.getpid()))
     try:
         yield pool
+    except BrokenProcessPool:  # waiting for a result shows it, and so does handing out more work
+        raise ValueError(
+            "a worker process died (out of memory?); "
+            "the same command goes on where it stopped, with fewer --workers if need be"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
