@@ -220,7 +220,7 @@ def _texts() -> Iterator[Text]:
         if spec is None or not spec.submodule_search_locations:
             continue
         root, version = Path(spec.submodule_search_locations[0]).parent, metadata.version(name)
-        url = f"https://pypi.org/project/{name}/{version.partition('+')[0]}/"
+        url = f"pkg:pypi/{name}@{version.partition('+')[0]}"  # a package URL, as in ECMA-427
         yield from _documents(root, folder, f"{name} {version}", url, seen)
 
 
