@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -128,6 +129,26 @@ def summary(path: Path) -> None:
     from train.summary import summary as lines
 
     click.echo("\n".join(lines(path)))
+
+
+@main.command()
+@click.argument("path", metavar="RUN", type=FOLDER)
+@click.option("--format", "name", required=True, type=click.Choice(["hf", "gguf"]), help="Transformers or llama.cpp")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="the folder (hf) or file (gguf) to make")
+@click.option(
+    "--variant",
+    type=click.Choice(["latent", "packed"]),
+    default="latent",
+    show_default=True,
+    help="hf: fp32 weights that can be trained further, or 2-bit codes",
+)
+def export(path: Path, name: str, out: Path, variant: Literal["latent", "packed"]) -> None:
+    """Write a run's newest checkpoint for other programs; refused when they would say something else."""
+    from train.export.command import Options
+    from train.export.command import export as write_export
+
+    for line in write_export(path, name, out, Options(variant), _say_on_stderr):
+        click.echo(line)
 
 
 def _say_on_stderr(line: str) -> None:
