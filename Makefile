@@ -28,7 +28,7 @@ TEST := .venv/.test
 BENCH := .venv/.bench
 endif
 BASE_PYTHON ?= python3
-# The packages of pyproject.toml ("" is the core, other words are extras), at the versions of the lock.
+# The packages of pyproject.toml: the core, and the extras named; at the versions of the lock.
 NEEDS = import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*p["dependencies"], *(r for e in sys.argv[1:] for r in p["optional-dependencies"][e]), sep="\n")
 
@@ -38,7 +38,7 @@ help: ## this list
 
 .venv/.core: pyproject.toml requirements.lock
 	$(BASE_PYTHON) -m venv .venv
-	$(PY) -c '$(NEEDS)' > .venv/needs.txt
+	$(PY) -c '$(NEEDS)' report > .venv/needs.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -r .venv/needs.txt
 	touch $@
 
