@@ -29,7 +29,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prep.sentencepiece_model import unsafe_reason
+from shared.sentencepiece_model import unsafe_reason
 from shared.tokenizer import SPACE, Tokenizer, has_dummy_prefix, piece_bytes
 
 BLOCK_BYTES = 32 << 20  # text that is cut and looked up at once: longer blocks have fewer distinct parts

@@ -2,7 +2,6 @@
 
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from prep import encoder as encoder_module
 from prep.encoder import Encoder, unsafe_pairs
-from prep.sentencepiece_model import unsafe_reason
+from shared.sentencepiece_model import BYTE, CONTROL, UNKNOWN, pieces, unsafe_reason
 from shared.tokenizer import Tokenizer, load_tokenizer, piece_bytes
 from tests.prep.builds import CORPUS, GOLDEN, LLAMA, TOKENIZER, golden_rows
 
@@ -172,14 +171,13 @@ def test_every_document_of_the_real_corpus_has_the_ids_of_sentencepiece(file: st
         assert encoded.utf8_bytes[i] == len(text.encode()) - 2 * text.count("▁")
 
 
-def test_the_wire_reader_agrees_with_the_library(tmp_path: Path) -> None:
-    """Piece types read off the file are those that the library reports."""
-    from prep.sentencepiece_model import BYTE, CONTROL, NORMAL, PIECE_TYPE, PIECES, UNKNOWN, _fields
-
+def test_the_wire_reader_agrees_with_the_library() -> None:
+    """Pieces, scores and types read off the file are those that the library reports."""
     for tokenizer in TOKENIZERS.values():
         p = tokenizer.processor
-        pieces = [dict(_fields(v)) for k, v in _fields(tokenizer.model) if k == PIECES and isinstance(v, bytes)]
-        for i, piece in enumerate(pieces):
-            kind = piece.get(PIECE_TYPE, NORMAL)
-            assert piece[1] == p.id_to_piece(i).encode()
-            assert (kind == BYTE, kind == CONTROL, kind == UNKNOWN) == (p.is_byte(i), p.is_control(i), p.is_unknown(i))
+        found = pieces(tokenizer.model)
+        assert len(found) == p.vocab_size()
+        for i, piece in enumerate(found):
+            assert (piece.text, piece.score) == (p.id_to_piece(i), p.get_score(i))
+            kinds = piece.type == BYTE, piece.type == CONTROL, piece.type == UNKNOWN
+            assert kinds == (p.is_byte(i), p.is_control(i), p.is_unknown(i))

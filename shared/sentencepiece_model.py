@@ -4,28 +4,51 @@ The file is a protocol buffer (sentencepiece_model.proto, ModelProto). Only a ha
 are read off the wire format (protobuf.dev/programming-guides/encoding) and the protobuf package is not.
 """
 
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from shared.tokenizer import Tokenizer
 
 BPE = 2
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 PIECES, TRAINER, NORMALIZER = 1, 2, 3  # fields of ModelProto
-PIECE_TYPE = 3
+PIECE_TEXT, PIECE_SCORE, PIECE_TYPE = 1, 2, 3
 MODEL_TYPE, BYTE_FALLBACK, WHITESPACE_SUFFIX = 3, 35, 24  # of TrainerSpec
 CHARSMAP, STRIP_SPACES, ESCAPE_SPACES = 2, 4, 5  # of NormalizerSpec
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One entry of the vocabulary; `type` is a number of ModelProto.SentencePiece.Type (NORMAL, UNKNOWN, ...)."""
+
+    text: str
+    score: float  # exactly an fp32
+    type: int
+
+
+def pieces(model: bytes) -> list[Piece]:
+    """The vocabulary of a .model file's bytes, by id."""
+    found = []
+    for field, value in _fields(model):
+        if field == PIECES and isinstance(value, bytes):
+            entry = dict(_fields(value))
+            text, score, kind = entry[PIECE_TEXT], entry.get(PIECE_SCORE, bytes(4)), entry.get(PIECE_TYPE, NORMAL)
+            assert isinstance(text, bytes) and isinstance(score, bytes) and isinstance(kind, int)
+            found.append(Piece(text.decode(), struct.unpack("<f", score)[0], kind))
+    return found
+
+
 def unsafe_reason(tokenizer: Tokenizer) -> str | None:
-    """Why the proof of prep.encoder does not hold for this model; None when it does."""
+    """Why a text's ids are not the plain result of merging its characters by score; None when they are.
+
+    What prep.encoder proves, and what llama.cpp does with a vocabulary, holds for models without such a reason.
+    """
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
-    types = []
+    types = [piece.type for piece in pieces(tokenizer.model)]
     for field, value in _fields(tokenizer.model):
-        assert isinstance(value, bytes) or field > NORMALIZER
-        if field == PIECES and isinstance(value, bytes):
-            types.append(dict(_fields(value)).get(PIECE_TYPE, NORMAL))
-        elif field == TRAINER and isinstance(value, bytes):
+        if field == TRAINER and isinstance(value, bytes):
             trainer.update(_fields(value))
         elif field == NORMALIZER and isinstance(value, bytes):
             normalizer.update(_fields(value))
