@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
 
 import click
 
@@ -137,17 +136,16 @@ def summary(path: Path) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="the folder (hf) or file (gguf) to make")
 @click.option(
     "--variant",
-    type=click.Choice(["latent", "packed"]),
-    default="latent",
-    show_default=True,
-    help="hf: fp32 weights that can be trained further, or 2-bit codes",
+    type=click.Choice(["latent", "packed", "tq2_0", "f16", "f32"]),
+    help="hf: latent, fp32 weights that can be trained further (default), or packed, 2-bit codes; "
+    "gguf: tq2_0, 2-bit codes (default), f16 or f32",
 )
-def export(path: Path, name: str, out: Path, variant: Literal["latent", "packed"]) -> None:
+def export(path: Path, name: str, out: Path, variant: str | None) -> None:
     """Write a run's newest checkpoint for other programs; refused when they would say something else."""
-    from train.export.command import Options
+    from train.export.command import choose
     from train.export.command import export as write_export
 
-    for line in write_export(path, name, out, Options(variant), _say_on_stderr):
+    for line in write_export(path, name, out, choose(name, variant), _say_on_stderr):
         click.echo(line)
 
 

@@ -10,20 +10,22 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Protocol, cast
 
 from shared.durable import exclusive, fsync_folder
 from train.export.source import Source, open_source
 
 # What each format imports beyond the core, and the extra of pyproject.toml that brings it.
-NEEDS = {"hf": ("transformers", "accelerate"), "gguf": ("gguf", "llama_cpp")}
+NEEDS = {"hf": ("transformers", "accelerate"), "gguf": ("gguf",)}
+# How each can be written; the first is the default.
+VARIANTS = {"hf": ("latent", "packed"), "gguf": ("tq2_0", "f16", "f32")}
 
 
 @dataclass(frozen=True)
 class Options:
     """How a format is written."""
 
-    variant: Literal["latent", "packed"] = "latent"  # hf: fp32 weights quantised online, or 2-bit codes
+    variant: str  # one of the format's VARIANTS
 
 
 class Format(Protocol):
@@ -60,6 +62,14 @@ def export(run: Path, name: str, out: Path, options: Options, say: Callable[[str
             raise
         fsync_folder(out.parent)
     return proven
+
+
+def choose(name: str, variant: str | None) -> Options:
+    """The options of a format, by default its first variant. ValueError for a variant of another format."""
+    there = VARIANTS[name]
+    if variant is not None and variant not in there:
+        raise ValueError(f"--variant {variant}: --format {name} has {', '.join(there)}")
+    return Options(variant or there[0])
 
 
 def load_format(name: str) -> Format:
