@@ -7,21 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sentencepiece import SentencePieceProcessor
 
-from shared.index import Document, documents_between
 from shared.manifest import TOKENIZER, load_manifest, open_stream
-from shared.tokenizer import SPACE, Tokenizer, has_dummy_prefix, load_tokenizer
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tokens `start` ... `stop`-1 of a split, all of one document, and their text without `<s>` and `</s>`."""
-
-    document: Document
-    start: int
-    stop: int
-    text: str
+from shared.passages import Passage, passages
+from shared.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,7 @@ class View:
     sequence: int
     of_sequence: bool
     piece: str
-    parts: list[Part]
+    parts: list[Passage]
     framed: str
 
     def json(self) -> dict[str, Any]:
@@ -88,15 +77,10 @@ def inspect(folder: Path, split: str, *, token: int | None = None, sequence: int
         assert token is not None
         _require_within(folder, split, "token", token, len(stream))
         start, stop = token, token + 1
-    documents = documents_between(folder, split, start, stop)
-    if not documents:
-        raise ValueError(f"{folder}: its index has no document at token {start} of {split}; run prep verify {folder}")
+    parts = passages(folder, split, stream, tokenizer, start, stop)
     if sequence is None:
-        start, stop = documents[0].start, documents[0].start + documents[0].length
-    parts = []
-    for document in documents:
-        a, b = max(start, document.start), min(stop, document.start + document.length)
-        parts.append(Part(document, a, b, decode(tokenizer, stream[a:b], a - document.start)))
+        document = parts[0].document
+        parts = passages(folder, split, stream, tokenizer, document.start, document.start + document.length)
     return View(
         split=split,
         token=token,
@@ -106,25 +90,6 @@ def inspect(folder: Path, split: str, *, token: int | None = None, sequence: int
         parts=parts,
         framed="".join(_framed(tokenizer, part.text, stream[part.start : part.stop]) for part in parts),
     )
-
-
-def decode(tokenizer: Tokenizer, ids: npt.NDArray[np.uint16], place: int) -> str:
-    """The text of ids that may begin and end anywhere in a document; the first is token `place` of it.
-
-    SentencePiece's own decoding drops a space at the start of what it is given. Here it is dropped from the document's
-    first piece, token 1, and nowhere else. Bytes that are no whole character, at a cut, and unknown ids give U+FFFD.
-    """
-    text = b"".join(_bytes_of(tokenizer.processor, i) for i in ids.tolist()).decode(errors="replace")
-    return text.removeprefix(" ") if place <= 1 and has_dummy_prefix(tokenizer.processor) else text
-
-
-def _bytes_of(processor: SentencePieceProcessor, i: int) -> bytes:
-    if processor.is_control(i):
-        return b""
-    if processor.is_unknown(i):
-        return "\ufffd".encode()
-    piece: str = processor.id_to_piece(i)
-    return bytes([int(piece[3:5], 16)]) if processor.is_byte(i) else piece.replace(SPACE, " ").encode()
 
 
 def _framed(tokenizer: Tokenizer, text: str, ids: npt.NDArray[np.uint16]) -> str:

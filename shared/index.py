@@ -1,6 +1,7 @@
 """documents.parquet: which document each token of a split belongs to, a row a document in stream order."""
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +70,18 @@ class ContentHash:
         return total.hexdigest()
 
 
-def read_index(folder: Path, split: str) -> Iterator[pa.RecordBatch]:
-    """The index in batches of at most ROW_GROUP rows. ValueError when the file cannot be read or has other columns."""
+def read_index(folder: Path, split: str, span: tuple[int, int] | None = None) -> Iterator[pa.RecordBatch]:
+    """The index in batches of at most ROW_GROUP rows; of a `span` of tokens only the row groups that may own some.
+
+    ValueError when the file cannot be read or has other columns.
+    """
     path = folder / index_name(split)
     try:
         with pq.ParquetFile(path) as file:
             if file.schema_arrow != SCHEMA:
                 raise ValueError(f"{path}: its columns are not those of an index")
-            yield from file.iter_batches(batch_size=ROW_GROUP, use_threads=False)
+            groups = range(file.num_row_groups) if span is None else _row_groups(file, *span)
+            yield from file.iter_batches(batch_size=ROW_GROUP, row_groups=list(groups), use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
 
@@ -84,7 +89,7 @@ def read_index(folder: Path, split: str) -> Iterator[pa.RecordBatch]:
 def documents_between(folder: Path, split: str, start: int, stop: int) -> list[Document]:
     """The documents that own any of the tokens start ... stop-1 of a split, in order."""
     found: list[Document] = []
-    for batch in read_index(folder, split):
+    for batch in read_index(folder, split, (start, stop)):
         starts = batch["start"].to_numpy()
         if not len(starts) or starts[0] >= stop:
             continue
@@ -92,6 +97,20 @@ def documents_between(folder: Path, split: str, start: int, stop: int) -> list[D
         first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(starts, stop, side="left")
         found += [Document(**row) for row in batch.slice(int(first), max(0, int(last - first))).to_pylist()]
     return found
+
+
+def _row_groups(file: pq.ParquetFile, start: int, stop: int) -> range:
+    """The row groups with the documents of tokens start ... stop-1: rows are in stream order, so a binary search."""
+    firsts = [_first_start(file, group) for group in range(file.num_row_groups)]
+    return range(max(0, bisect_right(firsts, start) - 1), bisect_left(firsts, stop))
+
+
+def _first_start(file: pq.ParquetFile, group: int) -> int:
+    """Where the first document of a row group starts: in the footer, unless a foreign writer left it out."""
+    statistics = file.metadata.row_group(group).column(0).statistics
+    if statistics is not None and statistics.has_min_max:
+        return int(statistics.min)
+    return int(file.read_row_group(group, columns=["start"])["start"][0].as_py())
 
 
 def _offsets(column: pa.Array) -> tuple[int, int]:

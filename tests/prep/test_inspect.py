@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prep.inspect import decode, inspect
+from prep.inspect import inspect
 from prep.verify import verify
 from shared.manifest import load_manifest, open_stream
+from shared.passages import decode
 from shared.tokenizer import Tokenizer, load_tokenizer
 from tests.prep.builds import CORPUS, GOLDEN, LLAMA, SOURCE, golden_rows, one_line_error, prep, tokenize_arguments
 
