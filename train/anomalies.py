@@ -3,6 +3,14 @@
 A step whose loss or gradient norm is not finite has made no update (loop.py); LIMIT of them in a row end the run. A
 spike is a loss or a gradient norm more than SIGMAS standard deviations above the mean of the WINDOW finite values
 before it. The windows and the count are part of a checkpoint, so a resumed run finds the same anomalies.
+
+Lines of anomalies.jsonl, where null is a number that is not finite:
+
+    {"kind": "nonfinite", "step", "loss", "grad_norm", "in_a_row", "sequences"}
+    {"kind": "spike", "step", "quantity": "loss" or "grad_norm", "value", "mean", "sigma", "sequences"}
+
+`sequences` are the numbers of the sequences of the global batch, in order: what the step has seen, which
+`train inspect RUN --step N` shows. The caller adds them: they are a pure function of the step (order.py).
 """
 
 import math
@@ -28,7 +36,10 @@ class Anomalies:
         return self.in_a_row >= LIMIT
 
     def observe(self, step: int, loss: float, grad_norm: float) -> list[dict[str, Any]]:
-        """Take in one step; return its lines for anomalies.jsonl, in nats and in the norm of the whole gradient."""
+        """Take in one step; return its lines for anomalies.jsonl, in nats and in the norm of the whole gradient.
+
+        `sequences` are still to be added.
+        """
         values = {"loss": loss, "grad_norm": grad_norm}
         if not all(math.isfinite(value) for value in values.values()):
             self.in_a_row += 1

@@ -112,7 +112,7 @@ class Training:
         record = metrics.train_record(n, n * self.tokens_per_step, loss, lr, decay, norm, self._timing())
         self.logs.metric(record)
         for line in self.anomalies.observe(n, loss, norm):
-            self.logs.anomaly(line)
+            self.logs.anomaly({**line, "sequences": self.loop.order.indices(n).tolist()})
         self.console.step(record, self.target)
         if self.anomalies.too_many:
             saved = self.saver.last_step
