@@ -136,16 +136,15 @@ def summary(path: Path) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="the folder (hf) or file (gguf) to make")
 @click.option(
     "--variant",
-    type=click.Choice(["latent", "packed", "tq2_0", "f16", "f32"]),
-    help="hf: latent, fp32 weights that can be trained further (default), or packed, 2-bit codes; "
-    "gguf: tq2_0, 2-bit codes (default), f16 or f32",
+    type=click.Choice(["latent", "packed", "tq2_0", "f16"]),
+    help="hf: latent (default), fp32 weights that can be trained further, or packed, 2-bit codes; "
+    "gguf: tq2_0 (default), 2-bit codes, or f16",
 )
 def export(path: Path, name: str, out: Path, variant: str | None) -> None:
     """Write a run's newest checkpoint for other programs; refused when they would say something else."""
-    from train.export.command import choose
     from train.export.command import export as write_export
 
-    for line in write_export(path, name, out, choose(name, variant), _say_on_stderr):
+    for line in write_export(path, name, out, variant, _say_on_stderr):
         click.echo(line)
 
 

@@ -15,7 +15,9 @@ from typing import Protocol, cast
 from shared.durable import exclusive, fsync_folder
 from train.export.source import Source, open_source
 
-# What each format imports beyond the core, and the extra of pyproject.toml that brings it.
+# What each format can be, the default first.
+VARIANTS = {"hf": ("latent", "packed"), "gguf": ("tq2_0", "f16")}
+# What each format imports beyond the core; the extra of pyproject.toml that brings it has the format's name.
 NEEDS = {"hf": ("transformers", "accelerate"), "gguf": ("gguf",)}
 # How each can be written; the first is the default.
 VARIANTS = {"hf": ("latent", "packed"), "gguf": ("tq2_0", "f16", "f32")}
@@ -38,11 +40,14 @@ class Format(Protocol):
         """Load `out` from disk and compare; what holds, a line each. ValueError when anything does not."""
 
 
-def export(run: Path, name: str, out: Path, options: Options, say: Callable[[str], None]) -> list[str]:
+def export(run: Path, name: str, out: Path, variant: str | None, say: Callable[[str], None]) -> list[str]:
     """Export the newest valid checkpoint of `run` in the format `name` as `out`; the lines of its proof.
 
     ValueError when `out` is there, the extra is missing, or the proof fails; then nothing is left behind.
     """
+    options = Options(variant or VARIANTS[name][0])
+    if options.variant not in VARIANTS[name]:
+        raise ValueError(f"--variant {variant}: --format {name} can be {' or '.join(VARIANTS[name])}")
     form = load_format(name)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out}: is there already; name another --out, or remove it first")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from shared.tokenizer import Tokenizer
 from train.config import ModelConfig
 from train.metrics import undamaged
 from train.model import Model
@@ -16,11 +17,11 @@ from train.trained import load_trained
 
 @dataclass(frozen=True)
 class Source:
-    """`model` is on the CPU with fp32 parameters and products, its codes fresh; `tokenizer` is the run's, as bytes."""
+    """`model` is on the CPU with fp32 parameters and products, its codes fresh."""
 
     name: str  # of the run
     model: Model
-    tokenizer: bytes  # of the SentencePiece model
+    tokenizer: Tokenizer  # of the run
     facts: Facts  # config.json: settings, data id, sequence length
     step: int  # updates that the model has seen
     provenance: dict[str, Any]  # plain JSON: what a model card says
@@ -53,7 +54,7 @@ def open_source(run: Path, say: Callable[[str], None]) -> Source:
         "commit": starts[-1].get("commit") if starts else None,
         "losses": losses(trained.folder.metrics, trained.step),
     }
-    return Source(run.resolve().name, model, trained.tokenizer.model, trained.facts, trained.step, provenance)
+    return Source(run.resolve().name, model, trained.tokenizer, trained.facts, trained.step, provenance)
 
 
 def losses(metrics: Path, step: int) -> dict[str, Any]:
