@@ -136,9 +136,9 @@ def summary(path: Path) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="the folder (hf) or file (gguf) to make")
 @click.option(
     "--variant",
-    type=click.Choice(["latent", "packed", "tq2_0", "f16"]),
+    type=click.Choice(["latent", "packed", "tq2_0", "f16", "f32"]),
     help="hf: latent (default), fp32 weights that can be trained further, or packed, 2-bit codes; "
-    "gguf: tq2_0 (default), 2-bit codes, or f16",
+    "gguf: tq2_0 (default), 2-bit codes, f16 or f32",
 )
 def export(path: Path, name: str, out: Path, variant: str | None) -> None:
     """Write a run's newest checkpoint for other programs; refused when they would say something else."""

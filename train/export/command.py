@@ -15,11 +15,9 @@ from typing import Protocol, cast
 from shared.durable import exclusive, fsync_folder
 from train.export.source import Source, open_source
 
-# What each format can be, the default first.
-VARIANTS = {"hf": ("latent", "packed"), "gguf": ("tq2_0", "f16")}
 # What each format imports beyond the core; the extra of pyproject.toml that brings it has the format's name.
 NEEDS = {"hf": ("transformers", "accelerate"), "gguf": ("gguf",)}
-# How each can be written; the first is the default.
+# What each format can be, the default first.
 VARIANTS = {"hf": ("latent", "packed"), "gguf": ("tq2_0", "f16", "f32")}
 
 
@@ -67,14 +65,6 @@ def export(run: Path, name: str, out: Path, variant: str | None, say: Callable[[
             raise
         fsync_folder(out.parent)
     return proven
-
-
-def choose(name: str, variant: str | None) -> Options:
-    """The options of a format, by default its first variant. ValueError for a variant of another format."""
-    there = VARIANTS[name]
-    if variant is not None and variant not in there:
-        raise ValueError(f"--variant {variant}: --format {name} has {', '.join(there)}")
-    return Options(variant or there[0])
 
 
 def load_format(name: str) -> Format:
