@@ -18,6 +18,7 @@ from train.config import Config
 from train.model import Model
 from train.optimizer import AdamW
 from train.order import Order, rows
+from train.probes import Probe, Readings
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Measured:
     step: int
     loss: Tensor  # mean nats of the global batch, before the update; a scalar
     grad_norm: Tensor  # of the whole gradient, before the clip; a scalar
+    probe: Readings | None = None  # on rank 0, of each probe.every-th step
 
 
 class Loop:
@@ -45,9 +47,10 @@ class Loop:
         """The n-th update, from 1."""
         indices = self.order.indices(n, distributed.rank(), distributed.world_size())
         tokens = torch.from_numpy(rows(self.stream, indices, self.length))  # (B / world size, T + 1)
+        tokens = tokens.to(self.device, non_blocking=True)
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
-        for part in torch.split(tokens.to(self.device, non_blocking=True), self.micro):
+        for part in torch.split(tokens, self.micro):
             share = self.model.loss(part[:, :-1], part[:, 1:]) * (len(part) / self.order.batch)
             share.backward()  # type: ignore[no-untyped-call]
             loss += share.detach()
@@ -55,9 +58,15 @@ class Loop:
         norm = self.optimizer.gradient_norm()
         healthy = loss.isfinite() & norm.isfinite()
         lr, decay = schedule.lr(n, self.config.schedule), schedule.weight_decay(n, self.config.schedule)
+        probe = Probe(self.model) if self._probes(n) else None
         self.optimizer.step(lr, decay, norm, healthy)
         self.model.requantize()
-        return Measured(n, loss, norm)
+        return Measured(n, loss, norm, probe.measure(tokens[:1, :-1]) if probe else None)
+
+    def _probes(self, n: int) -> bool:
+        """Whether this process measures step n: what is measured is equal on all ranks."""
+        every = self.config.probe.every
+        return every > 0 and n % every == 0 and distributed.is_writer()
 
     def attempt(self, micro: int) -> None:
         """See whether `micro` sequences at once fit: forward and backward twice, as gradients accumulate; no update."""

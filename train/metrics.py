@@ -7,7 +7,7 @@ Numbers that are not finite are null: JSON has no other word for them.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,6 +97,11 @@ def eval_record(step: int, loss: float, bits_per_byte: float, timing: Record) ->
     return {"kind": "eval", "step": step, "val_loss": loss, "val_bits_per_byte": bits_per_byte, "timing": timing}
 
 
+def probe_record(step: int, layers: list[dict[str, Any]], timing: Record) -> dict[str, Any]:
+    """What a probe of update `step` found; probes.py names the numbers of `layers`."""
+    return {"kind": "probe", "step": step, "layers": layers, "timing": timing}
+
+
 class Sink(Protocol):
     """What metrics are also shown to."""
 
@@ -105,7 +110,10 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """The numbers of metrics.jsonl as TensorBoard events, under <kind>/<name>. Needs the extra `tensorboard`."""
+    """The numbers of metrics.jsonl as TensorBoard events. Needs the extra `tensorboard`.
+
+    They stand under <kind>/<name>, those of a layer under probe/<name>/<layer>.<projection>.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """ValueError without that package. What a killed run wrote from `first_step` on is not shown."""
@@ -116,12 +124,22 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def add(self, record: Record) -> None:
-        for name, value in {**record, **record["timing"]}.items():
-            if isinstance(value, int | float) and name != "step":
-                self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        for name, value in scalars(record):
+            self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def close(self) -> None:
         self._writer.close()
+
+
+def scalars(record: Record) -> Iterator[tuple[str, float]]:
+    """The numbers of a line of metrics.jsonl by name, but for its step."""
+    for name, value in {**record, **record["timing"]}.items():
+        if isinstance(value, int | float) and name != "step":
+            yield name, value
+    for found in record.get("layers", ()):
+        for name, value in found.items():
+            if name not in ("layer", "projection"):
+                yield f"{name}/{found['layer']}.{found['projection']}", value
 
 
 def _lines(path: Path) -> list[tuple[dict[str, Any] | None, int]]:

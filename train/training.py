@@ -111,6 +111,9 @@ class Training:
         lr, decay = schedule.lr(n, self.config.schedule), schedule.weight_decay(n, self.config.schedule)
         record = metrics.train_record(n, n * self.tokens_per_step, loss, lr, decay, norm, self._timing())
         self.logs.metric(record)
+        if measured.probe is not None:
+            timing = {"seconds": measured.probe.seconds, "time": utc_now()}
+            self.logs.metric(metrics.probe_record(n, measured.probe.layers(), timing))
         for line in self.anomalies.observe(n, loss, norm):
             self.logs.anomaly({**line, "sequences": self.loop.order.indices(n).tolist()})
         self.console.step(record, self.target)

@@ -27,6 +27,7 @@ TINY = {
     "checkpoint.keep_last": 100,
     "eval.every": 4,
     "sample.every": 8,
+    "probe.every": 6,
 }
 
 KillAt = tuple[Path, int, float]  # so many seconds after this log has so many lines
