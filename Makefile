@@ -101,6 +101,16 @@ eval: $(CORE) ## loss of RUN on the whole validation split
 sample: $(CORE) ## let RUN go on with PROMPT
 	exec $(PY) -m train sample '$(RUN)' --prompt '$(PROMPT)' $(ARGS)
 
+.PHONY: report
+report: $(CORE) ## write RUN/report.html, also of a run in progress: curves, ternary health, anomalies, samples
+	exec $(PY) -m train report '$(RUN)' $(ARGS)
+
+# DATA only where it is given: by default the data set is that of RUN's last start.
+.PHONY: twin
+twin: $(CORE) ## train RUN's full-precision twin as far as RUN has come, and compare the two
+	exec $(TRAIN) twin '$(RUN)' $(if $(filter file,$(origin DATA)),,--data '$(DATA)')
+	exec $(PY) -m train compare '$(RUN)' '$(RUN)-twin' $(ARGS)
+
 # Everything once, small and offline: a corpus from this Python's own documentation, the tiny preset.
 .PHONY: demo
 demo: $(CORE) ## everything once: corpus, tokenize, verify, train the tiny preset, evaluate, sample (5 minutes)

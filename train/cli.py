@@ -2,10 +2,14 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from shared.stop import ANOMALIES, DONE, INTERRUPTED, Interrupted, Stop, one_line
+from shared.stop import ANOMALIES, DONE, FAILED, INTERRUPTED, Interrupted, Stop, one_line
+
+if TYPE_CHECKING:
+    from train.run import Request
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 COUNT = click.IntRange(min=1)
@@ -67,23 +71,9 @@ def run(
     Ctrl-C is safe: the state is saved first. Exit codes: 0 done, 1 failed, 3 stopped on anomalies, 75 interrupted.
     """
     with Stop().listening() as stop:
-        from train.distributed import is_writer
         from train.run import Request
-        from train.run import run as run_training
-        from train.training import TooManyAnomalies
 
-        request = Request(preset, data, path, steps, settings, device, restart, tensorboard)
-        try:
-            run_training(request, stop)
-        except TooManyAnomalies as error:
-            if is_writer():
-                _say_on_stderr(f"error: {error}")
-            return ANOMALIES
-        except Interrupted:
-            if is_writer():
-                raise
-            return INTERRUPTED
-    return DONE
+        return _train(Request(preset, data, path, steps, settings, device, restart, tensorboard), stop)
 
 
 @main.command("eval")
@@ -132,6 +122,59 @@ def summary(path: Path) -> None:
 
 @main.command()
 @click.argument("path", metavar="RUN", type=FOLDER)
+@click.option("--data", type=FOLDER, help="where the data set is, if it has moved since the last start")
+def report(path: Path, data: Path | None) -> None:
+    """Write RUN/report.html: what was run, curves, ternary health, anomalies, samples. Every run ends with it."""
+    from train.report import report as write_report
+
+    click.echo(write_report(path, data))
+
+
+@main.command()
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
+@click.option("--pair", "more", nargs=2, multiple=True, type=FOLDER, metavar="A B", help="the same with another seed")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="the page; default: compare-A-B.html by A")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object and nothing else")
+def compare(a: Path, b: Path, more: tuple[tuple[Path, Path], ...], out: Path | None, as_json: bool) -> int:
+    """Compare two runs.
+
+    With equal configs all that both have recorded must be equal: the first difference is named, and the exit code is 1.
+    Otherwise the settings that differ, the gap in loss and bits per byte at equal steps, and a page with both curves.
+    With --pair (any number) the gap is the mean over pairs with its standard error; a pair shares its seed.
+    """
+    from train.compare import compare as compare_runs
+    from train.compare import told
+    from train.metrics import to_json
+    from train.report import comparison_page
+
+    found = compare_runs([(a, b), *more])
+    page, missing = (None, None) if found.same and not out else comparison_page(found, out)
+    if as_json:
+        click.echo(to_json({**found.to_dict(), "page": str(page) if page else None}))
+    else:
+        click.echo("\n".join([*told(found), *([f"page       {page}"] if page else [])]))
+    if missing:
+        _say_on_stderr(f"no page: {missing}")
+    return FAILED if found.failed else DONE
+
+
+@main.command()
+@click.argument("path", metavar="RUN", type=FOLDER)
+@click.option("--data", type=FOLDER, help="where the data set is, if it has moved since the last start")
+def twin(path: Path, data: Path | None) -> int:
+    """Train RUN's full-precision twin as RUN-twin: same data, order, schedule and seed, as far as RUN has come.
+
+    Again after an interruption, or when RUN has gone on. Then: compare RUN RUN-twin.
+    """
+    with Stop().listening() as stop:
+        from train.twin import twin_of
+
+        return _train(twin_of(path, data), stop)
+
+
+@main.command()
+@click.argument("path", metavar="RUN", type=FOLDER)
 @click.option("--format", "name", required=True, type=click.Choice(["hf", "gguf"]), help="Transformers or llama.cpp")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="the folder (hf) or file (gguf) to make")
 @click.option(
@@ -146,6 +189,25 @@ def export(path: Path, name: str, out: Path, variant: str | None) -> None:
 
     for line in write_export(path, name, out, variant, _say_on_stderr):
         click.echo(line)
+
+
+def _train(request: "Request", stop: Stop) -> int:
+    """Train as asked; the exit code. Of several processes the first alone speaks."""
+    from train.distributed import is_writer
+    from train.run import run as run_training
+    from train.training import TooManyAnomalies
+
+    try:
+        run_training(request, stop)
+    except TooManyAnomalies as error:
+        if is_writer():
+            _say_on_stderr(f"error: {error}")
+        return ANOMALIES
+    except Interrupted:
+        if is_writer():
+            raise
+        return INTERRUPTED
+    return DONE
 
 
 def _say_on_stderr(line: str) -> None:

@@ -23,6 +23,7 @@ from train.loop import Loop
 from train.metrics import TensorBoard
 from train.model import Model
 from train.order import Order
+from train.report import leave_report
 from train.run_folder import Facts, RunFolder, require_same
 from train.training import TooManyAnomalies, Training
 
@@ -95,6 +96,7 @@ def run(request: Request, stop: Stop) -> None:
                 folder.write_start(
                     {**entry, "ended": utc_now(), "last_step": training.step, "outcome": outcome}, new=False
                 )
+                console.say(leave_report(folder.path))
         console.say(f"{folder.path}: done: step {training.step:,}, saved in {checkpoint.name_of(training.step)}")
 
 
