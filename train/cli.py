@@ -113,6 +113,21 @@ def sample(path: Path, prompt: str, temperature: float, top_p: float, tokens: in
 
 @main.command()
 @click.argument("path", metavar="RUN", type=FOLDER)
+@click.option("--step", required=True, type=COUNT, help="any step of the schedule, made or still to come")
+@click.option("--data", type=FOLDER, help="where the data set is, if it has moved since the last start")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object and nothing else")
+def inspect(path: Path, step: int, data: Path | None, as_json: bool) -> None:
+    """Show what a step sees: sequences, their documents, and the text. A (long) line a sequence; try | less -S."""
+    from train.inspect import inspect as look_up
+    from train.inspect import printable
+    from train.metrics import to_json
+
+    seen = look_up(path, step, data)
+    click.echo(printable(to_json(seen.json())) if as_json else "\n".join(seen.lines()))
+
+
+@main.command()
+@click.argument("path", metavar="RUN", type=FOLDER)
 def summary(path: Path) -> None:
     """Say how far a run is, what it has reached, how fast it is, and what it writes."""
     from train.summary import summary as lines

@@ -110,6 +110,16 @@ class RunFolder:
             raise ValueError(f"{path}: damaged; move it away, then the same command goes on") from None
         return list(starts)
 
+    def data(self, moved: Path | None) -> Path:
+        """Where the data set is: `moved`, or else where the last start had it. ValueError when it is not there."""
+        starts = self.starts()
+        if moved is None and not starts:
+            raise ValueError(f"{self.path}: run.json does not say where the data set is; say it: --data DIR")
+        data = moved or Path(starts[-1]["data"])
+        if not data.exists():
+            raise ValueError(f"{data}: the data set of {self.path} is not there; say where it is: --data DIR")
+        return data
+
     def write_start(self, entry: Mapping[str, Any], *, new: bool) -> None:
         """Add an entry to run.json, or replace the last one."""
         starts = self.starts()

@@ -61,9 +61,7 @@ def evaluate_run(
     The data set is that of the last start, or `data`. ValueError when it is another than the run was trained on.
     """
     trained = load_trained(path, say)
-    data = data or Path(trained.folder.starts()[-1]["data"])
-    if not data.exists():
-        raise ValueError(f"{data}: the data set of the last start is not there; say where it is: --data DIR")
+    data = trained.folder.data(data)
     manifest = verified(data, stop)
     if manifest.id != trained.facts.data_id:
         raise ValueError(

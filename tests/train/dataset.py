@@ -1,6 +1,7 @@
 """A small data set made straight from the contract in shared/, so that the trainer's tests do not need prep."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
@@ -19,12 +20,24 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 SHARD_TOKENS = 1500  # so that sequences cross shards
 
 
-def build(folder: Path, *, train: int, val: int, length: int = 32, seed: int = 0) -> Path:
-    """A valid data set of `train` and `val` sequences of `length` tokens at `folder`. Another seed, another id."""
+def build(
+    folder: Path,
+    *,
+    train: int,
+    val: int,
+    length: int = 32,
+    seed: int = 0,
+    texts: Sequence[str] | None = None,
+    url: str = "",
+) -> Path:
+    """A valid data set of `train` and `val` sequences of `length` tokens at `folder`. Another seed, another id.
+
+    Its documents are `texts`, by default the golden prose, again and again, each with the same `url`.
+    """
     tokenizer = load_tokenizer(GOLDEN / "tokenizer.model")
     identity = tokenizer.identity
     lines = (GOLDEN / "source" / "prose.jsonl").read_text().splitlines()
-    texts = cycle([text for line in lines if (text := json.loads(line)["text"])])
+    written = cycle(texts or [text for line in lines if (text := json.loads(line)["text"])])
     sizes = piece_bytes(tokenizer.processor)
     splits, indexes = {}, {}
     folder.mkdir(parents=True)
@@ -33,7 +46,7 @@ def build(folder: Path, *, train: int, val: int, length: int = 32, seed: int = 0
             continue
         budget, tokens, documents = sequences * length + 1, [], []
         while len(tokens) < budget:
-            ids = [identity.bos_id, *tokenizer.processor.encode(next(texts)), identity.eos_id]
+            ids = [identity.bos_id, *tokenizer.processor.encode(next(written)), identity.eos_id]
             documents.append((len(tokens), min(len(ids), budget - len(tokens)), len(ids)))
             tokens += ids
         stream = np.array(tokens[:budget], dtype="<u2")
@@ -46,7 +59,7 @@ def build(folder: Path, *, train: int, val: int, length: int = 32, seed: int = 0
         first = np.flatnonzero(stream[:-1] == identity.bos_id)
         utf8_bytes = int(sizes[stream[1:]].sum()) - len(first)  # a label behind <s> begins with the dummy space
         rows = [
-            {"start": start, "length": kept, "id": f"{name}-{i}", "url": "", "file": "prose.jsonl", "row": i,
+            {"start": start, "length": kept, "id": f"{name}-{i}", "url": url, "file": "prose.jsonl", "row": i,
              "text_sha256": bytes(32)}
             for i, (start, kept, _) in enumerate(documents)
         ]  # fmt: skip
