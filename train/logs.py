@@ -63,6 +63,8 @@ class Logs:
         """Make all lines so far durable."""
         for log in self._open:
             log.sync()
+        for sink in self.sinks:
+            sink.sync()
 
     def close(self) -> None:
         for log in self._open:

@@ -106,6 +106,7 @@ class Sink(Protocol):
     """What metrics are also shown to."""
 
     def add(self, record: Record) -> None: ...
+    def sync(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -126,6 +127,9 @@ class TensorBoard:
     def add(self, record: Record) -> None:
         for name, value in scalars(record):
             self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def sync(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
