@@ -17,7 +17,7 @@ import torch._inductor.config  # what a first call would import, imported once
 
 from shared import manifest
 from shared.stop import run_cli
-from train import anomalies, checkpoint, evaluate, loop, model, run, samples, trained, training
+from train import anomalies, checkpoint, evaluate, loop, model, run, runtime, samples, trained, training
 from train.cli import main
 
 torch.set_num_threads(1)
@@ -86,6 +86,11 @@ def signal_in(place: str, n: int, *numbers: int) -> None:
 
 def poison(*steps: int) -> None:
     """The loss of these steps is NaN, and so is its gradient."""
+    spike(float("nan"), *steps)
+
+
+def spike(factor: float, *steps: int) -> None:
+    """The loss of these steps is `factor` times what it should be, and so is its gradient."""
     real_step, real_loss, now = loop.Loop.step, model.Model.loss, 0
 
     def step(self: Any, n: int) -> Any:
@@ -97,7 +102,12 @@ def poison(*steps: int) -> None:
             now = 0
 
     loop.Loop.step = step  # type: ignore[method-assign]
-    model.Model.loss = lambda *a: real_loss(*a) * (float("nan") if now in steps else 1.0)  # type: ignore[method-assign]
+    model.Model.loss = lambda *a: real_loss(*a) * (factor if now in steps else 1.0)  # type: ignore[method-assign]
+
+
+def precision(name: str) -> None:
+    """A machine whose CPU has bf16 (`name` is bf16) or has not (fp32)."""
+    runtime._has_bf16 = lambda device: name == "bf16"
 
 
 def draw() -> None:
@@ -164,8 +174,9 @@ def report() -> None:
     run.leave_report = leave_report
 
 
-ALL = (report, threads, late, only_val, kill_at, fail_writes, signal_in, poison, draw, short_window, forget)
-FAULTS = {fault.__name__: fault for fault in ALL}
+MACHINES = (threads, precision, late)
+MISHAPS = (only_val, kill_at, fail_writes, signal_in, poison, spike, draw, short_window, forget)
+FAULTS = {fault.__name__: fault for fault in (report, *MACHINES, *MISHAPS)}
 
 
 def child(request: dict[str, Any]) -> None:
