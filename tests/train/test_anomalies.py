@@ -2,11 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.permutation import Permutation
+from tests.train.command import Command
+from tests.train.dataset import build
+from tests.train.same_bytes import without_timing
 from train.anomalies import LIMIT, WINDOW, Anomalies
 
 NAN, INF = math.nan, math.inf
@@ -70,3 +76,46 @@ def test_a_resumed_watch_finds_the_same(steps: list[tuple[float, float]], data: 
     got += [line for n, step in enumerate(steps[cut:], cut + 1) for line in rest.observe(n, *step)]
     assert repr(got) == repr(expected)  # repr: a NaN equals a NaN
     assert rest.state_dict() == whole.state_dict()
+
+
+NONFINITE, SPIKE, STEPS = 30, 134, 138  # the spike stands behind the first full window
+
+
+def test_planted_anomalies_are_recorded_with_what_they_have_seen(train: Command, tmp_path: Path) -> None:
+    """Through the command line, with the real window; interrupted within the window and gone on with."""
+    data = build(tmp_path / "data", train=STEPS * 4, val=0)
+    settings = {"schedule.total_steps": STEPS, "sample.every": 0, "checkpoint.every": 0}
+    faults = [("poison", NONFINITE), ("spike", 20.0, SPIKE)]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train.run(data, whole, settings=settings, faults=faults).code == 0
+    found = without_timing(whole / "anomalies.jsonl")
+    keys = {"kind", "step", "sequences"}
+    assert [set(line) - keys for line in found] == [
+        {"loss", "grad_norm", "in_a_row"},
+        *2 * [{"quantity", "value", "mean", "sigma"}],
+    ]
+    assert [(line["kind"], line["step"]) for line in found] == [
+        ("nonfinite", NONFINITE),
+        ("spike", SPIKE),
+        ("spike", SPIKE),
+    ]
+    assert (found[0]["loss"], found[0]["grad_norm"]) == (None, None)
+    trained = [line for line in without_timing(whole / "metrics.jsonl") if line["kind"] == "train"]
+    before = [line for line in trained[: SPIKE - 1] if not line["skipped"]][-WINDOW:]
+    for line, quantity in zip(found[1:], ("loss", "grad_norm"), strict=True):
+        assert (line["quantity"], line["value"]) == (quantity, trained[SPIKE - 1][quantity])
+        assert line["mean"] == pytest.approx(np.mean([each[quantity] for each in before]))
+        assert line["sigma"] == pytest.approx(np.std([each[quantity] for each in before]))
+        assert line["value"] > line["mean"] + 6 * line["sigma"]
+    data_id = json.loads((data / "manifest.json").read_text())["id"]
+    order = Permutation(STEPS * 4, tag="order/1", data_id=data_id, seed=0)
+    for line in found:
+        batch = order(np.arange(4 * line["step"] - 4, 4 * line["step"])).tolist()
+        assert line["sequences"] == batch
+        shown = train("inspect", whole, "--step", line["step"]).out.splitlines()
+        assert [int(row.split()[1]) for row in shown] == batch
+
+    for steps in (NONFINITE, SPIKE - 1, SPIKE, STEPS):
+        assert train.run(data, broken, "--steps", steps, settings=settings, faults=faults).code == 0
+    for log in ("anomalies.jsonl", "metrics.jsonl"):
+        assert without_timing(broken / log) == without_timing(whole / log)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.command import ROOT, TINY, Command
-from tests.train.same_bytes import assert_same_run
+from tests.train.same_bytes import assert_same_run, contents, without_timing
 from train.checkpoint import steps_in
 from train.metrics import read
 
@@ -69,6 +69,29 @@ def test_two_ranks_train_as_one_does(train: Command, data: Path, reference: Path
             for run in (tmp_path / "one", reference)
         )
         assert two == pytest.approx(one, rel=2e-3)
+
+
+def test_two_ranks_probe_the_gradient_of_the_whole_batch_and_change_nothing_by_it(
+    train: Command, data: Path, reference: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = torchrun(data, run, [POISON], **{"checkpoint.every": 1, "probe.every": 0})
+    assert done.returncode == 0, done.stderr
+    assert contents(run / "checkpoints") == contents(reference / "checkpoints")
+    lines = without_timing(reference / "metrics.jsonl")
+    assert without_timing(run / "metrics.jsonl") == [line for line in lines if line["kind"] != "probe"]
+    assert [line["step"] for line in lines if line["kind"] == "probe"] == [6, 12, 18, 24], "rank 0 writes alone"
+    assert train.run(data, tmp_path / "one", settings={"batch.micro": 1}, faults=[POISON]).code == 0
+    one, two = (
+        [
+            each["grad_norm"]
+            for line in read(path / "metrics.jsonl")
+            if line["kind"] == "probe"
+            for each in line["layers"]
+        ]
+        for path in (tmp_path / "one", reference)
+    )
+    assert two == pytest.approx(one, rel=0.02)
 
 
 def test_a_signal_to_one_rank_stops_both_and_the_resume_ends_in_the_same_bytes(

@@ -25,6 +25,7 @@ def reference(train: Command, data: Path, tmp_path_factory: pytest.TempPathFacto
     assert (done.code, done.err) == (0, "")
     kinds = {line["kind"] for line in without_timing(run / "anomalies.jsonl")}
     assert kinds == {"nonfinite", "spike"}, "the reference must exercise the anomalies"
+    assert {line["kind"] for line in without_timing(run / "metrics.jsonl")} == {"train", "probe", "eval"}
     return run
 
 
