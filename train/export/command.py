@@ -5,10 +5,11 @@ written by the library that people will use, compares it with our own forward, a
 found to hold, or raises a ValueError. An export whose proof fails leaves nothing behind.
 """
 
-import importlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -46,9 +47,9 @@ def export(run: Path, name: str, out: Path, variant: str | None, say: Callable[[
     options = Options(variant or VARIANTS[name][0])
     if options.variant not in VARIANTS[name]:
         raise ValueError(f"--variant {variant}: --format {name} can be {' or '.join(VARIANTS[name])}")
-    form = load_format(name)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out}: is there already; name another --out, or remove it first")
+    form = load_format(name)
     out.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(out.with_name(out.name + ".lock"), "export"):
         aside = out.with_name(out.name + ".partial")
@@ -69,14 +70,12 @@ def export(run: Path, name: str, out: Path, variant: str | None, say: Callable[[
 
 def load_format(name: str) -> Format:
     """The module of a format. ValueError when a package that it needs is not installed."""
-    try:
-        for package in NEEDS[name]:
-            importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(
-            f"--format {name} needs the package {error.name}, which is not installed here: pip install '.[{name}]'"
-        ) from None
-    return cast(Format, importlib.import_module(f"train.export.{name}"))
+    for package in NEEDS[name]:
+        if find_spec(package) is None:
+            raise ValueError(
+                f"--format {name} needs the package {package}, which is not installed here: pip install '.[{name}]'"
+            )
+    return cast(Format, import_module(f"train.export.{name}"))
 
 
 def remove(path: Path) -> None:
