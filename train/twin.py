@@ -20,17 +20,12 @@ def twin_of(path: Path, data: Path | None = None) -> Request:
     steps = checkpoint.steps_in(folder.checkpoints)
     if not steps:
         raise ValueError(f"{path}: has no checkpoint yet; the twin goes as far as the run has come: train it first")
-    if data is None:
-        starts = folder.starts()
-        if not starts:
-            raise ValueError(f"{path}: run.json does not say where the data set is; give --data DIR")
-        data = Path(starts[-1]["data"])
     settings = config.flatten(config.to_dict(facts.config))
     preset = settings.pop("preset")
     settings |= {"model.quantization": "none", "batch.micro": facts.runtime.micro}
     return Request(
         preset=preset,
-        data=data,
+        data=folder.data(data),
         run=path.with_name(path.resolve().name + "-twin"),
         steps=steps[-1],
         settings=[f"{name}={value}" for name, value in settings.items()],

@@ -110,6 +110,6 @@ def _cells(values: npt.NDArray[np.float64], unit: str) -> list[list[tuple[str, f
     span = (high - low) or 1.0
 
     def cell(value: float) -> tuple[str, float]:
-        return (f"{value:.3g}{unit}", round(60 * (value - low) / span)) if np.isfinite(value) else ("–", 0)
+        return (f"{value:.2g}{unit}", round(60 * (value - low) / span)) if np.isfinite(value) else ("–", 0)
 
     return [[cell(value) for value in row] for row in values.tolist()]

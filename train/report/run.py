@@ -8,31 +8,29 @@ from typing import Any
 
 import numpy as np
 
-from shared.manifest import load_manifest, open_stream
-from shared.passages import Passage, passages
 from shared.progress import duration
 from shared.provenance import utc_now
-from shared.tokenizer import load_tokenizer
 from train import config, schedule
+from train.inspect import Row, inspect
 from train.report.charts import BINS, BLUE, GREEN, ORANGE, VIOLET, Array, Curve, chart, top_of
 from train.report.health import health
 from train.report.page import Figure, number, write_page
 from train.report.recorded import Line, Recorded, column, recorded
 
 REPORT = "report.html"
-ANOMALIES = 60  # shown, the newest
-WITH_DOCUMENTS = 6  # of these, the newest
+EVENTS = 60  # steps with anomalies shown, the newest
+WITH_DOCUMENTS = 5  # of these, the newest
 TEXTS = 12  # steps of which samples are shown, evenly spaced
 EXCERPT = 300  # characters of a document
 
 
 @dataclass(frozen=True)
 class Event:
-    """An anomaly and the documents that its step has seen: (sequence, its passages)."""
+    """The anomalies of a step, and the sequences that it saw with their documents."""
 
-    line: Line
+    step: int
     words: str
-    seen: list[tuple[int, list[Passage]]]
+    rows: list[Row]
 
 
 def write_report(path: Path, data: Path | None = None) -> Path:
@@ -54,6 +52,7 @@ def write_report(path: Path, data: Path | None = None) -> Path:
         charts=list(_charts(run)) if run.train else [],
         health=health(run.probes),
         events=events,
+        num_events=len({line["step"] for line in run.anomalies}),
         missing=missing,
         excerpt=EXCERPT,
         samples=_samples(run.samples),
@@ -153,31 +152,20 @@ def _band(steps: Array) -> str:
 
 
 def _events(run: Recorded, data: Path | None) -> tuple[list[Event], str]:
-    """The newest anomalies, newest first, the first few with their documents; and why there are none, else ""."""
-    lines = run.anomalies[: -ANOMALIES - 1 : -1]
-    if not lines:
-        return [], ""
-    try:
-        data = data or Path(run.starts[-1]["data"])
-        manifest = load_manifest(data)
-        if manifest.id != run.facts.data_id:
-            raise ValueError(f"{data} is another data set: {manifest.id}")
-        stream = open_stream(data, manifest, "train")
-        tokenizer = load_tokenizer(run.path / "tokenizer.model")
-        length = manifest.sequence_length
-
-        def seen(line: Line) -> list[tuple[int, list[Passage]]]:
-            return [
-                (i, passages(data, "train", stream, tokenizer, i * length, i * length + length + 1))
-                for i in line.get("sequences", [])
-            ]
-
-        return [Event(line, _words(line), seen(line) if i < WITH_DOCUMENTS else []) for i, line in enumerate(lines)], ""
-    except (ValueError, OSError, LookupError) as error:
-        missing = (
-            f"The data set cannot be reached, so their documents are not shown ({error}); --data says where it is."
-        )
-        return [Event(line, _words(line), []) for line in lines], missing
+    """The newest steps with anomalies, newest first, the first few with what they saw; and why others are without."""
+    by_step: dict[int, list[str]] = {}
+    for line in run.anomalies:
+        by_step.setdefault(line["step"], []).append(_words(line))
+    events, missing = list[Event](), ""
+    for step, words in list(reversed(by_step.items()))[:EVENTS]:
+        rows: list[Row] = []
+        if len(events) < WITH_DOCUMENTS and not missing:
+            try:
+                rows = inspect(run.path, step, data).rows
+            except (ValueError, OSError) as error:
+                missing = f"What they saw is not shown: {error}"
+        events.append(Event(step, "; ".join(words), rows))
+    return events, missing
 
 
 def _words(line: Line) -> str:
