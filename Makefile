@@ -21,11 +21,13 @@ PY := $(PYTHON)
 CORE :=
 TEST :=
 BENCH :=
+LLAMA :=
 else
 PY := .venv/bin/python
 CORE := .venv/.core
 TEST := .venv/.test
 BENCH := .venv/.bench
+LLAMA := .venv/.llama
 endif
 BASE_PYTHON ?= python3
 # The packages of pyproject.toml: the core, and the extras named; at the versions of the lock.
@@ -49,6 +51,11 @@ help: ## this list
 
 .venv/.bench: .venv/.test
 	$(PY) -c '$(NEEDS)' bench > .venv/needs.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -r .venv/needs.txt
+	touch $@
+
+.venv/.llama: .venv/.test # compiles llama.cpp: needs cmake, a C++ compiler and some 10 minutes on two cores
+	$(PY) -c '$(NEEDS)' llama > .venv/needs.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -r .venv/needs.txt
 	touch $@
 
@@ -125,6 +132,10 @@ demo: $(CORE) ## everything once: corpus, tokenize, verify, train the tiny prese
 .PHONY: test
 test: $(TEST) ## all tests (no network, no GPU, nothing outside this folder needed)
 	exec $(PY) -m pytest -n auto $(ARGS)
+
+.PHONY: test-gguf
+test-gguf: $(LLAMA) ## the tests that ask llama.cpp, which is compiled first (10 minutes)
+	exec $(PY) -m pytest -n auto tests/train/export/test_gguf_llama.py $(ARGS)
 
 .PHONY: lint
 lint: $(TEST) ## ruff and mypy
