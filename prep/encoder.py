@@ -29,18 +29,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from prep.parts import Parts
 from shared.sentencepiece_model import unsafe_reason
 from shared.tokenizer import SPACE, Tokenizer, has_dummy_prefix, piece_bytes
 
 BLOCK_BYTES = 32 << 20  # text that is cut and looked up at once: longer blocks have fewer distinct parts
-CACHE_PARTS = 1 << 18  # distinct parts remembered from block to block, and
-CACHE_BYTES = 16 << 20  # their bytes; both bound memory and never change what comes out
-PINNED = 3  # the marks of <s> and </s> and the guard are always remembered
 BATCH = 16  # distinct parts that one call of SentencePiece encodes
-LONG_PART = 256  # longer parts are hardly ever seen again and are not remembered
 GUARDS = "\n\t\r\x01\x02"
-# Bytes that UTF-8 never has: they stand for <s> and </s> among the parts.
-BOS_MARK, EOS_MARK = b"\xfe", b"\xff"
+# Bytes that UTF-8 never has: they stand for <s> and </s> among the parts. (0xFF has a meaning in prep.parts.)
+BOS_MARK, EOS_MARK = b"\xfd", b"\xfe"
+NO_BYTE = b"\xff"  # nor has it this one
 Ids = npt.NDArray[np.uint16]
 Offsets = npt.NDArray[np.int64]
 
@@ -69,18 +67,22 @@ class Encoder:
         self.slow_reason = unsafe_reason(tokenizer)  # why SentencePiece encodes whole documents here, if it does
         if self.slow_reason is not None:
             return
-        guard = _find_guard(tokenizer)
         if tokenizer.processor.piece_to_id(SPACE) == tokenizer.identity.unk_id:
             self.slow_reason = "the space is no piece of its vocabulary"
             return
+        unsafe = unsafe_pairs(tokenizer)
+        guard = _find_guard(unsafe)
         if guard is None:
             self.slow_reason = "no character stands alone in its vocabulary"
             return
         self._guard = guard
         *prefix, self._guard_id = tokenizer.processor.encode(guard)
         self._guard_at = len(prefix)  # the dummy prefix's ids come before the first guard
-        self._is_cut = pa.array(np.ascontiguousarray(~unsafe_pairs(tokenizer).T).reshape(-1).view(np.uint8))
-        self._forget()
+        self._is_cut = pa.array(np.ascontiguousarray(~unsafe.T).reshape(-1).view(np.uint8))
+        self._parts = Parts(pinned=3)
+        for part, i in ((BOS_MARK, self._bos), (EOS_MARK, self._eos), (self._guard.encode(), self._guard_id)):
+            self._parts.number(np.frombuffer(part, np.uint8), np.array([0, len(part)], np.int32))
+            self._parts.add([part], pa.array([np.array([i], "<u2").tobytes()], pa.binary()))
 
     def encode(self, texts: pa.Array) -> Encoded:
         """`texts`: string or large_string without nulls or empty ones. Memory: about 10 times BLOCK_BYTES on top."""
@@ -106,31 +108,24 @@ class Encoder:
         """The definition: plain SentencePiece on the whole text."""
         return np.array([self._bos, *self._processor.encode(text), self._eos], dtype=np.uint16)
 
-    def _forget(self) -> None:
-        # The distinct parts seen so far and their ids. The first three never leave.
-        parts = [BOS_MARK, EOS_MARK, self._guard.encode()]
-        ids = [self._bos, self._eos, self._guard_id]
-        self._parts = pa.array(parts, pa.binary())
-        self._ids = pa.array([np.array([i], dtype="<u2").tobytes() for i in ids], pa.binary())
-
     def _encode_block(self, texts: pa.Array) -> Encoded:
         framed = _framed(texts, BOS_MARK + (b" " if self._prefix else b""), EOS_MARK)
         data, starts = _data(framed)
         cuts = self._cuts(data, starts)
-        parts = pa.Array.from_buffers(pa.binary(), len(cuts) - 1, [None, pa.py_buffer(cuts), pa.py_buffer(data)])
-        # The known parts go first, so that each keeps its number and the new ones follow.
-        encoded = pc.dictionary_encode(pa.chunked_array([self._parts, parts]))
-        which, distinct = encoded.chunk(1).indices, encoded.chunk(1).dictionary
-        if len(distinct) > len(self._parts):
-            new = self._encode_parts(distinct.slice(len(self._parts)))
-            self._parts, self._ids = distinct, pa.concat_arrays([self._ids, new])
-        gathered = pc.take(self._ids, which, boundscheck=False)
-        tokens, ends = _data(gathered)
+        which, new = self._parts.number(data, cuts)
+        if new:
+            self._parts.add(new, self._encode_parts(new))
+        tokens, ends = _data(pc.take(self._parts.ids, pa.array(which), boundscheck=False))
         first_part = np.searchsorted(cuts, starts)  # the part that each document starts with, and one past the last
         offsets = ends[first_part].astype(np.int64) // 2
         ids = tokens.view("<u2")
-        self._trim(which)
-        return Encoded(ids, offsets, self._text_bytes(ids, offsets, data, starts))
+        if self._parts.any_with_space(which):  # a literal U+2581 counts as the space that its id says
+            utf8_bytes = self._count_bytes(ids, offsets)
+        else:
+            frame = len(BOS_MARK) + len(EOS_MARK) + (1 if self._prefix else 0)
+            utf8_bytes = np.diff(starts).astype(np.int64) - frame
+        self._parts.trim(which)
+        return Encoded(ids, offsets, utf8_bytes)
 
     def _encode_whole(self, texts: pa.Array) -> Encoded:
         documents = [self.reference(text) for text in texts.to_pylist()]
@@ -151,11 +146,11 @@ class Encoder:
         is_cut[starts] = 1
         return np.flatnonzero(is_cut.view(np.bool_)).astype(np.int32)
 
-    def _encode_parts(self, parts: pa.Array) -> pa.Array:
-        """The ids of distinct parts, as little-endian bytes: binary array -> binary array."""
-        guard, raw = self._guard.encode(), parts.to_pylist()
+    def _encode_parts(self, parts: list[bytes]) -> pa.Array:
+        """The ids of distinct parts, as little-endian uint16: binary array."""
+        guard = self._guard.encode()
         # Short texts, because SentencePiece keeps all possible merges of a text in one heap.
-        texts = [(guard + guard.join(raw[i : i + BATCH])).decode() for i in range(0, len(raw), BATCH)]
+        texts = [(guard + guard.join(parts[i : i + BATCH])).decode() for i in range(0, len(parts), BATCH)]
         encoded = self._processor.encode(texts, num_threads=1)
         flat = itertools.chain.from_iterable(ids[self._guard_at :] for ids in encoded)
         ids = np.fromiter(flat, dtype="<u2")
@@ -170,29 +165,6 @@ class Encoder:
             pa.binary(), len(parts), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(ids[keep]))]
         )
 
-    def _trim(self, used: pa.Array) -> None:
-        """Keep the cache inside its bounds: long parts go at once, the ones the latest block did not use when full."""
-        lengths = np.diff(_data(self._parts)[1])
-        keep = lengths <= LONG_PART
-        if len(keep) > CACHE_PARTS or lengths.sum() > CACHE_BYTES:
-            lately = np.zeros(len(keep), dtype=np.bool_)
-            lately[used.to_numpy()] = True
-            keep &= lately
-            if keep.sum() > CACHE_PARTS or lengths[keep].sum() > CACHE_BYTES:
-                keep[:] = False
-        keep[:PINNED] = True
-        if not keep.all():
-            self._parts, self._ids = self._parts.filter(pa.array(keep)), self._ids.filter(pa.array(keep))
-
-    def _text_bytes(
-        self, ids: Ids, offsets: Offsets, data: npt.NDArray[np.uint8], starts: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.int64]:
-        """Bytes of text a document: all of its bytes, but a literal U+2581 counts as the space that its id says."""
-        if data.tobytes().find(SPACE.encode()) >= 0:
-            return self._count_bytes(ids, offsets)
-        frame = len(BOS_MARK) + len(EOS_MARK) + (1 if self._prefix else 0)
-        return np.diff(starts).astype(np.int64) - frame
-
     def _count_bytes(self, ids: Ids, offsets: Offsets) -> npt.NDArray[np.int64]:
         sums = np.add.reduceat(self._piece_bytes[ids], offsets[:-1])
         return np.asarray(sums - (1 if self._prefix else 0), dtype=np.int64)
@@ -206,28 +178,29 @@ def unsafe_pairs(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
     """
     unsafe = np.zeros((256, 256), dtype=np.bool_)
     unsafe[:, 0x80:0xC0] = True
-    for piece in _normal_pieces(tokenizer):
-        forms = [(b" ", character.encode()) if character == SPACE else (character.encode(),) for character in piece]
-        for left, right in itertools.pairwise(forms):
-            for a in left:
-                for b in right:
-                    unsafe[a[-1], b[0]] = True
-    # The marks of <s> and </s> belong to no character: cut on both sides.
-    for mark in (BOS_MARK[0], EOS_MARK[0]):
+    pieces = NO_BYTE.join(piece.encode() for piece in _normal_pieces(tokenizer))
+    literal = SPACE.encode()
+    for joined in (pieces, pieces.replace(literal, b" ")):
+        data = np.frombuffer(joined, dtype=np.uint8)
+        unsafe[data[:-1], data[1:]] = True
+    if unsafe[ord(" "), ord(" ")]:  # of two neighbours, either may be the space and the other one literal
+        unsafe[ord(" "), literal[0]] = unsafe[literal[-1], ord(" ")] = True
+    # The marks of <s> and </s> belong to no character: cut on both sides. (NO_BYTE stood between two pieces.)
+    for mark in (*BOS_MARK, *EOS_MARK, *NO_BYTE):
         unsafe[mark, :] = unsafe[:, mark] = False
     return unsafe
 
 
 def _normal_pieces(tokenizer: Tokenizer) -> list[str]:
-    p = tokenizer.processor
-    ids = range(p.vocab_size())
-    return [p.id_to_piece(i) for i in ids if not (p.is_byte(i) or p.is_control(i) or p.is_unknown(i))]
+    p, ids = tokenizer.processor, list(range(tokenizer.identity.vocab_size))
+    others = zip(p.is_byte(ids), p.is_control(ids), p.is_unknown(ids), strict=True)
+    return [piece for piece, other in zip(p.id_to_piece(ids), others, strict=True) if not any(other)]
 
 
-def _find_guard(tokenizer: Tokenizer) -> str | None:
-    """An ASCII character that no piece has beside another one."""
-    joined = set("".join(piece for piece in _normal_pieces(tokenizer) if len(piece) > 1))
-    return next((c for c in GUARDS if c not in joined), None)
+def _find_guard(unsafe: npt.NDArray[np.bool_]) -> str | None:
+    """An ASCII character that no piece has beside another one: `unsafe_pairs` has it safe on both sides."""
+    starts = np.r_[0:0x80, 0xC0:0x100]  # bytes that start a character
+    return next((c for c in GUARDS if not unsafe[ord(c), starts].any() and not unsafe[:, ord(c)].any()), None)
 
 
 def _blocks(texts: pa.Array) -> list[pa.Array]:

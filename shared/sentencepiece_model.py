@@ -14,6 +14,7 @@ BPE = 2
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 PIECES, TRAINER, NORMALIZER = 1, 2, 3  # fields of ModelProto
 PIECE_TEXT, PIECE_SCORE, PIECE_TYPE = 1, 2, 3
+SCORE_KEY = PIECE_SCORE << 3 | 5  # a key is a field's number and its wire type: 2 has a length, 5 has four bytes
 MODEL_TYPE, BYTE_FALLBACK, WHITESPACE_SUFFIX = 3, 35, 24  # of TrainerSpec
 CHARSMAP, STRIP_SPACES, ESCAPE_SPACES = 2, 4, 5  # of NormalizerSpec
 
@@ -46,9 +47,11 @@ def unsafe_reason(tokenizer: Tokenizer) -> str | None:
     """
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
-    types = [piece.type for piece in pieces(tokenizer.model)]
+    types = []
     for field, value in _fields(tokenizer.model):
-        if field == TRAINER and isinstance(value, bytes):
+        if field == PIECES and isinstance(value, bytes):
+            types.append(_type_of(value))
+        elif field == TRAINER and isinstance(value, bytes):
             trainer.update(_fields(value))
         elif field == NORMALIZER and isinstance(value, bytes):
             normalizer.update(_fields(value))
@@ -62,6 +65,13 @@ def unsafe_reason(tokenizer: Tokenizer) -> str | None:
         "it has user-defined or unused pieces": bool(set(types) - {NORMAL, UNKNOWN, CONTROL, BYTE}),
     }
     return next((reason for reason, fails in checks.items() if fails), None)
+
+
+def _type_of(piece: bytes) -> int | bytes:
+    """The type that a piece's message states. Most end after a short text and a score, which shows without parsing."""
+    if piece[1] < 0x80 and piece[1] == len(piece) - 7 and piece[0] == PIECE_TEXT << 3 | 2 and piece[-5] == SCORE_KEY:
+        return NORMAL
+    return dict(_fields(piece)).get(PIECE_TYPE, NORMAL)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -83,6 +93,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
+    if data[at] < 0x80:  # nearly always
+        return data[at], at + 1
     value = shift = 0
     while True:
         byte = data[at]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prep import encoder as encoder_module
+from prep import parts as parts_module
 from prep.encoder import Encoder, unsafe_pairs
 from shared.sentencepiece_model import BYTE, CONTROL, UNKNOWN, pieces, unsafe_reason
 from shared.tokenizer import Tokenizer, load_tokenizer, piece_bytes
@@ -115,16 +116,15 @@ def test_a_tiny_cache_and_tiny_blocks_change_nothing(monkeypatch: pytest.MonkeyP
     tokenizer = TOKENIZERS["tokenizer.model"]
     expected = ENCODERS["tokenizer.model"].encode(pa.array(GOLDEN_TEXTS))
     monkeypatch.setattr(encoder_module, "BLOCK_BYTES", 700)
-    for parts, size, long in [(5, 1 << 20, 256), (10_000, 60, 256), (300, 1 << 20, 3)]:
-        monkeypatch.setattr(encoder_module, "CACHE_PARTS", parts)
-        monkeypatch.setattr(encoder_module, "CACHE_BYTES", size)
-        monkeypatch.setattr(encoder_module, "LONG_PART", long)
+    for parts, long in [(5, 64), (300, 64), (10_000, 9), (10_000, 64)]:
+        monkeypatch.setattr(parts_module, "MAX_PARTS", parts)
+        monkeypatch.setattr(parts_module, "LONG_PART", long)
         encoder = Encoder(tokenizer)
         encoded = encoder.encode(pa.array(GOLDEN_TEXTS))
         assert np.array_equal(encoded.tokens, expected.tokens)
         assert np.array_equal(encoded.offsets, expected.offsets)
         assert np.array_equal(encoded.utf8_bytes, expected.utf8_bytes)
-        assert len(encoder._parts) <= parts + encoder_module.PINNED
+        assert len(encoder._parts) <= parts + 3
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
