@@ -1,14 +1,14 @@
 """A SentencePiece BPE model as tokenizer.json, with the same ids for every text.
 
-What Transformers converts from the same model differs in three places, and each is settled here:
+What Transformers converts from the same model differs in two things, and both are settled here:
 
 - SentencePiece puts its dummy space before every text, also before one that begins with a space: a normaliser does so,
-  not the pre-tokenizer that leaves such a text alone.
-- SentencePiece merges the neighbours whose piece has the highest score, the leftmost of equals. A merge here has a rank
-  of its own, so the ways to make one piece cannot be equals: the one with the longer left part comes first, which is
-  the one that stands further left in a run such as "======".
+  not the pre-tokenizer, which leaves such a text alone.
 - `</s>` in a text is text, as it was in training: `split_special_tokens` keeps the control pieces out of the text, and
-  the merges do not make them. The ids themselves work as ever: `<s>` is put first, generation ends at `</s>`.
+  no merge makes them. The ids themselves work as ever: `<s>` is put first, generation ends at `</s>`.
+
+SentencePiece merges the neighbours whose piece has the highest score, the leftmost of equals; here a merge has a rank.
+The ways to make one piece, equals there, have ranks of their own here; no text has been found in which that shows.
 
 That this is enough is shown for the model at hand, by `differences` on what was written, before an export is named.
 """
@@ -140,7 +140,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def merges(sp: SentencePieceProcessor) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the highest score first, then the longest left part."""
+    """Every way to make a piece of two others, the highest score first."""
     scores = {
         sp.id_to_piece(i): sp.get_score(i)
         for i in range(sp.vocab_size())
@@ -176,7 +176,7 @@ def differences(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) ->
 
 
 def proof_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """HOSTILE, runs of every short piece, each piece alone and after another: what a wrong merge order shows in."""
+    """HOSTILE, each piece, runs of each short one, and random pieces in a row."""
     yield from HOSTILE
     pieces = [tokenizer.processor.id_to_piece(i) for i in range(tokenizer.identity.vocab_size)]
     texts = [piece.replace(SPACE, " ") for piece in pieces]
