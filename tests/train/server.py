@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch._inductor.config  # what a first call would import, imported once
 
+import train.report.run  # noqa: F401
 from shared import manifest
 from shared.stop import run_cli
 from train import anomalies, checkpoint, evaluate, loop, model, run, runtime, samples, trained, training
@@ -174,7 +175,14 @@ def report() -> None:
     run.leave_report = leave_report
 
 
-MACHINES = (threads, precision, late)
+def without(package: str) -> None:
+    """A machine where a package is not installed."""
+    for name in [name for name in sys.modules if name.startswith((f"{package}.", "train.report."))]:
+        del sys.modules[name]
+    sys.modules[package] = None  # type: ignore[assignment]
+
+
+MACHINES = (threads, precision, late, without)
 MISHAPS = (only_val, kill_at, fail_writes, signal_in, poison, spike, draw, short_window, forget)
 FAULTS = {fault.__name__: fault for fault in (report, *MACHINES, *MISHAPS)}
 
