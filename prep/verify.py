@@ -1,11 +1,12 @@
 """Proof that a data set on disk is the one that its manifest names.
 
 Every file is hashed once, in parallel, and the same pass over the disk shows what the tokens are: whether each is in
-the vocabulary, and where documents begin and end. That is then held against the index. A file that is known to be bad
-is not reasoned about further, so that one flipped byte names one file.
+the vocabulary, and where documents begin and end. That is then held against the index, which is read meanwhile. A file
+that is known to be bad is not reasoned about further, so that one flipped byte names one file.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,13 @@ def verify(folder: Path, *, deep: int = 0, source: str | None = None) -> Result:
     sizes = piece_bytes(tokenizer.processor) if deep and tokenizer else None
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     scans = {shard.file: ShardScan(shard, manifest.tokenizer, sizes) for shard in shards}
-    note(check_files(folder, manifest, observe=scans.get))
+    with ThreadPoolExecutor() as pool:  # the indexes are read while the shards are hashed
+        starts = {split: pool.submit(_starts, folder, split, manifest) for split in manifest.splits}
+        note(check_files(folder, manifest, observe=scans.get))
     note(misfit)
     note([Problem(file, scan.problem) for file, scan in scans.items() if scan.problem])
     for split in sorted(manifest.splits, reverse=True):  # val first: train is held against it
-        note(_check_split(folder, split, manifest, scans, bad.keys()))
+        note(_check_split(folder, split, manifest, starts[split], scans, bad.keys()))
     reencoded = 0
     if deep and tokenizer and not bad:
         note([problem for split in manifest.splits for problem in _check_text_bytes(split, manifest, scans, tokenizer)])
@@ -101,19 +104,24 @@ def _tokenizer(folder: Path, manifest: Manifest) -> tuple[Tokenizer | None, list
 
 
 def _check_split(
-    folder: Path, split: str, manifest: Manifest, scans: Mapping[str, ShardScan], bad: Collection[str]
+    folder: Path,
+    split: str,
+    manifest: Manifest,
+    starts: "Future[Positions]",
+    scans: Mapping[str, ShardScan],
+    bad: Collection[str],
 ) -> list[Problem]:
     """The index against the manifest and against val, then the shards against the index."""
     name = index_name(split)
     if name in bad:
         return []
     try:
-        starts = _starts(folder, split, manifest)
+        found = starts.result()
         if split == "train" and "val" in manifest.splits and index_name("val") not in bad:
             _require_disjoint(folder)
     except ValueError as error:
         return [Problem(name, _less_path(error, folder / name))]
-    return list(_check_frames(split, manifest, starts, scans))
+    return list(_check_frames(split, manifest, found, scans))
 
 
 def _starts(folder: Path, split: str, manifest: Manifest) -> Positions:
