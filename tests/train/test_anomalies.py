@@ -101,7 +101,7 @@ def test_planted_anomalies_are_recorded_with_what_they_have_seen(train: Command,
     ]
     assert (found[0]["loss"], found[0]["grad_norm"]) == (None, None)
     trained = [line for line in without_timing(whole / "metrics.jsonl") if line["kind"] == "train"]
-    before = [line for line in trained[: SPIKE - 1] if not line["skipped"]][-WINDOW:]
+    before = [line for line in trained[: SPIKE - 1] if not line["skipped"]][-128:]
     for line, quantity in zip(found[1:], ("loss", "grad_norm"), strict=True):
         assert (line["quantity"], line["value"]) == (quantity, trained[SPIKE - 1][quantity])
         assert line["mean"] == pytest.approx(np.mean([each[quantity] for each in before]))
