@@ -14,6 +14,10 @@ GPUS ?= 1
 WORKERS ?=
 ARGS ?=
 PROMPT ?= The sun
+FORMAT ?= hf
+VARIANT ?=
+EXPORT ?= $(RUN)$(if $(filter gguf,$(FORMAT)),.gguf,-$(or $(VARIANT),hf))
+TASKS ?= plain_facts,last_word
 
 # PYTHON= names an environment that already has what is needed; otherwise .venv is made from requirements.lock.
 ifdef PYTHON
@@ -22,12 +26,16 @@ CORE :=
 TEST :=
 BENCH :=
 LLAMA :=
+LM_EVAL :=
+EXTRA :=
 else
 PY := .venv/bin/python
 CORE := .venv/.core
 TEST := .venv/.test
-BENCH := .venv/.bench
-LLAMA := .venv/.llama
+BENCH := .venv/.test .venv/.bench
+LLAMA := .venv/.test .venv/.llama
+LM_EVAL := .venv/.hf .venv/.lm-eval
+EXTRA = .venv/.$(FORMAT)
 endif
 BASE_PYTHON ?= python3
 # The packages of pyproject.toml: the core, and the extras named; at the versions of the lock.
@@ -36,7 +44,7 @@ NEEDS = import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["pro
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 .venv/.core: pyproject.toml requirements.lock
 	$(BASE_PYTHON) -m venv .venv
@@ -44,18 +52,9 @@ help: ## this list
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -r .venv/needs.txt
 	touch $@
 
-.venv/.test: .venv/.core
-	$(PY) -c '$(NEEDS)' test > .venv/needs.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -r .venv/needs.txt
-	touch $@
-
-.venv/.bench: .venv/.test
-	$(PY) -c '$(NEEDS)' bench > .venv/needs.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -r .venv/needs.txt
-	touch $@
-
-.venv/.llama: .venv/.test # compiles llama.cpp: needs cmake, a C++ compiler and some 10 minutes on two cores
-	$(PY) -c '$(NEEDS)' llama > .venv/needs.txt
+# An extra of pyproject.toml. llama compiles llama.cpp: needs cmake, a C++ compiler and some 10 minutes on two cores.
+.venv/.%: .venv/.core
+	$(PY) -c '$(NEEDS)' $* > .venv/needs.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -r .venv/needs.txt
 	touch $@
 
@@ -118,6 +117,17 @@ twin: $(CORE) ## train RUN's full-precision twin as far as RUN has come, and com
 	exec $(TRAIN) twin '$(RUN)' $(if $(filter file,$(origin DATA)),,--data '$(DATA)')
 	exec $(PY) -m train compare '$(RUN)' '$(RUN)-twin' $(ARGS)
 
+.PHONY: export
+export: $(CORE) $(EXTRA) ## write RUN as EXPORT for Transformers (FORMAT=hf) or llama.cpp (FORMAT=gguf); VARIANT as for the command
+	exec $(PY) -m train export '$(RUN)' --format '$(FORMAT)' $(if $(VARIANT),--variant '$(VARIANT)') --out '$(EXPORT)' $(ARGS)
+
+# TASKS of train/export/tasks need no network; hellaswag, arc_easy, piqa, lambada_openai and others fetch their data.
+.PHONY: eval-tasks
+eval-tasks: $(CORE) $(LM_EVAL) ## ask lm-evaluation-harness how RUN's export EXPORT does on TASKS; makes the export if need be
+	test -e '$(EXPORT)' || $(PY) -m train export '$(RUN)' --format hf $(if $(VARIANT),--variant '$(VARIANT)') --out '$(EXPORT)'
+	exec env TORCHDYNAMO_DISABLE=1 $(PY) -m lm_eval --model hf --model_args 'pretrained=$(EXPORT),dtype=float32' \
+		--include_path train/export/tasks --tasks '$(TASKS)' --batch_size 16 $(ARGS)
+
 # Everything once, small and offline: a corpus from this Python's own documentation, the tiny preset.
 .PHONY: demo
 demo: $(CORE) ## everything once: corpus, tokenize, verify, train the tiny preset, evaluate, sample (5 minutes)
@@ -136,6 +146,10 @@ test: $(TEST) ## all tests (no network, no GPU, nothing outside this folder need
 .PHONY: test-gguf
 test-gguf: $(LLAMA) ## the tests that ask llama.cpp, which is compiled first (10 minutes)
 	exec $(PY) -m pytest -n auto tests/train/export/test_gguf_llama.py $(ARGS)
+
+.PHONY: test-eval-tasks
+test-eval-tasks: $(TEST) $(LM_EVAL) ## the tests that ask lm-evaluation-harness
+	exec $(PY) -m pytest tests/train/export/test_eval_tasks.py $(ARGS)
 
 .PHONY: lint
 lint: $(TEST) ## ruff and mypy
