@@ -58,14 +58,23 @@ help: ## this list
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -r .venv/needs.txt
 	touch $@
 
+FROM = $(if $(SOURCE),--source '$(SOURCE)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)')
+
+.PHONY: plan
+plan: $(CORE) ## tell what make tokenize with the same variables would read, download, write and take
+	exec $(PY) -m prep plan $(FROM) $(if $(WORKERS),--workers $(WORKERS)) --out '$(DATA)' $(ARGS)
+
 .PHONY: tokenize
 tokenize: $(CORE) ## build DATA from SOURCE with TOKENIZER (WORKERS processes); again after an interruption
-	exec $(PY) -m prep tokenize $(if $(SOURCE),--source '$(SOURCE)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') \
-		$(if $(WORKERS),--workers $(WORKERS)) --out '$(DATA)' $(ARGS)
+	exec $(PY) -m prep tokenize $(FROM) $(if $(WORKERS),--workers $(WORKERS)) --out '$(DATA)' $(ARGS)
 
 .PHONY: verify
 verify: $(CORE) ## re-hash and check every file of DATA
 	exec $(PY) -m prep verify '$(DATA)' $(ARGS)
+
+.PHONY: repair
+repair: $(CORE) ## make what verify finds bad in DATA anew, each file as its manifest states it
+	exec $(PY) -m prep repair '$(DATA)' $(if $(SOURCE),--source '$(SOURCE)') $(ARGS)
 
 # torchrun takes --run for its own, so our arguments stand behind "--".
 TRAIN = $(if $(filter-out 1,$(GPUS)),$(PY) -m torch.distributed.run --nproc-per-node $(GPUS) -m -- train,$(PY) -m train)
@@ -158,7 +167,7 @@ lint: $(TEST) ## ruff and mypy
 	$(PY) -m mypy
 
 .PHONY: bench
-bench: $(BENCH) ## measure against what one would use instead; on ../shared/corpus where it is present
+bench: $(BENCH) ## measure against what one would use instead (ARGS=profile: where the time goes); on ../shared/corpus if present
 	exec $(PY) -m tests.bench $(ARGS)
 
 .PHONY: clean

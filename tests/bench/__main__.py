@@ -6,6 +6,7 @@ between the candidates, so that a machine whose speed drifts is fair to both; th
 
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,19 @@ import pyarrow.parquet as pq
 from prep.encoder import Encoder
 from shared.provenance import processor
 from shared.tokenizer import load_tokenizer
+from tests.bench import hugging_face
+from tests.bench.stages import profile
 
 ROOT = Path(__file__).resolve().parents[2]
-# pool: SentencePiece processes; rust: gigatoken, where the extra `bench` is installed
-OTHERS = ["pool", "rust"] if importlib.util.find_spec("gigatoken") else ["pool"]
+# pool: SentencePiece processes; the others where the extra `bench` is installed
+MODULES = {"pool": "sentencepiece", "hugging_face": "tokenizers", "rust": "gigatoken"}
+OTHERS = [name for name, module in MODULES.items() if importlib.util.find_spec(module)]
+VERIFIED_BYTES = 1 << 30
 CORPUS, LLAMA = ROOT.parent / "shared" / "corpus", ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"
 
 
-def encoder_against_sentencepiece(files: list[Path], tokenizer_path: Path, rounds: int) -> dict[str, Any]:
-    """One core, texts in memory: tokens/s of a fresh encoder and of SentencePiece over the same documents."""
+def encoder_against_others(files: list[Path], tokenizer_path: Path, rounds: int) -> dict[str, Any]:
+    """One core, texts in memory: tokens/s of a fresh encoder and of what else there is over the same documents."""
     tokenizer = load_tokenizer(tokenizer_path)
     pa.set_cpu_count(1)
     texts = [pq.read_table(file, columns=["text"], use_threads=False)["text"] for file in files]
@@ -48,36 +54,55 @@ def encoder_against_sentencepiece(files: list[Path], tokenizer_path: Path, round
         began = time.perf_counter()
         ids = [encoder.reference(text) for unit in units[::4] for text in unit.to_pylist()]
         plain.append(sum(map(len, ids)) / (time.perf_counter() - began))
-    rust = _gigatoken(units, tokenizer_path, rounds)
     same = all(
         np.array_equal(encoder.encode(unit).tokens, np.concatenate([encoder.reference(t) for t in unit.to_pylist()]))
         for unit in units[::4]
     )
-    return {
+    found = {
         "tokens": tokens,
         "identical": same,
         "sentencepiece M tokens/s": _m(plain),
         "encoder M tokens/s": _m(fast),
         "encoder, second pass M tokens/s": _m(warm),
         "encoder / sentencepiece": _ratio(fast, plain),
-        **({"gigatoken M tokens/s": _m(rust), "encoder / gigatoken": _ratio(fast, rust)} if rust else {}),
     }
+    for name, make in (("hugging_face", _hugging_face), ("rust", _gigatoken)):
+        if name in OTHERS:
+            rates, agreeing = _rates(make, tokenizer_path, units[::4] if name == "hugging_face" else units, rounds)
+            found[f"{name} M tokens/s"], found[f"encoder / {name}"] = _m(rates), _ratio(fast, rates)
+            found[f"documents with SentencePiece's ids, {name}"] = f"{agreeing:.2%}"
+    return found
 
 
-def _gigatoken(units: list[pa.Array], tokenizer: Path, rounds: int) -> list[float]:
-    """tokens/s of a fresh gigatoken on one core over the same texts; nothing without the extra `bench`."""
-    if importlib.util.find_spec("gigatoken") is None:
-        return []
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+def _rates(
+    make: Callable[[Path], Encode], tokenizer: Path, units: list[pa.Array], rounds: int
+) -> tuple[list[float], float]:
+    """tokens/s of a fresh encoder on one core over the same texts, and the share of documents whose ids agree."""
+    texts, rates = [unit.to_pylist() for unit in units], []
+    for _ in range(rounds):
+        encode = make(tokenizer)
+        began = time.perf_counter()
+        tokens = sum(len(ids) for part in texts for ids in encode(part))
+        rates.append(tokens / (time.perf_counter() - began))
+    wanted = load_tokenizer(tokenizer).processor.encode(texts[0])
+    agreeing = sum(list(ids) == right for ids, right in zip(encode(texts[0]), wanted, strict=True))
+    return rates, agreeing / len(wanted)
+
+
+def _gigatoken(tokenizer: Path) -> Encode:
     import gigatoken
 
-    texts = [unit.to_pylist() for unit in units]
-    rates = []
-    for _ in range(rounds):
-        encoder = gigatoken.Tokenizer.from_sentencepiece(str(tokenizer))
-        began = time.perf_counter()
-        tokens = sum(len(ids) for part in texts for ids in encoder.encode_batch(part, parallel=False))
-        rates.append(tokens / (time.perf_counter() - began))
-    return rates
+    encoder = gigatoken.Tokenizer.from_sentencepiece(str(tokenizer))
+    return lambda texts: encoder.encode_batch(texts, parallel=False)
+
+
+def _hugging_face(tokenizer: Path) -> Encode:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    encoder = hugging_face.load(tokenizer)
+    return lambda texts: [one.ids for one in encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def tokenize_against_pool(files: list[Path], tokenizer: Path, rounds: int, workers: int) -> dict[str, Any]:
@@ -115,6 +140,41 @@ def tokenize_against_pool(files: list[Path], tokenizer: Path, rounds: int, worke
         "prep / other, whole processes": {name: _ratio(rates["prep"], rates[name]) for name in OTHERS},
         "once running, M tokens/s": {name: _m(rate) for name, rate in running.items()},
         "prep / other, once running": {name: _ratio(running["prep"], running[name]) for name in OTHERS},
+    }
+
+
+def verify_against_sha256sum(files: list[Path], tokenizer: Path, rounds: int, workers: int) -> dict[str, Any]:
+    """GB/s of `prep verify` and of `sha256sum` on the same cores, over a data set of about a gigabyte.
+
+    The source is repeated for it; what verify does does not depend on what the tokens say. `openssl` hashes with the
+    processor's own instructions, where `sha256sum` may not; it is given where it is installed.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, size = Path(temporary), sum(file.stat().st_size for file in files)
+        (folder / "source").mkdir()
+        for i in range(max(1, round(VERIFIED_BYTES / 1.5 / size))):
+            for file in files:
+                (folder / "source" / f"{i:04d}_{file.name}").symlink_to(file)
+        prep = [sys.executable, "-m", "prep"]
+        job = [*prep, "tokenize", "--source", str(folder / "source"), "--tokenizer", str(tokenizer)]
+        copies = len(list((folder / "source").iterdir())) // len(files)
+        sequences = _count(files, tokenizer) * copies * 9 // 10 // 1024
+        _run([*job, "--out", str(folder / "out"), "--train-sequences", str(sequences), "--val-sequences", "256"])
+        paths = sorted(path for path in (folder / "out").rglob("*") if path.is_file())
+        total = sum(path.stat().st_size for path in paths)
+        commands = {"verify": [*prep, "verify", str(folder / "out")]}
+        for name, words in {"sha256sum": "sha256sum", "openssl": "openssl dgst -sha256"}.items():
+            if shutil.which(name):
+                each = f"printf '%s\\0' \"$@\" | xargs -0 -n 1 -P {workers} {words}"
+                commands[name] = ["sh", "-c", each, "sh", *map(str, paths)]
+        rates: dict[str, list[float]] = {name: [] for name in commands}
+        for _ in range(rounds):
+            for name, command in commands.items():
+                rates[name].append(total / _run(command)[0])
+    return {
+        "GB": round(total / 1e9, 2),
+        "GB/s": {name: round(statistics.median(rate) / 1e9, 2) for name, rate in rates.items()},
+        "verify / other": {name: _ratio(rates["verify"], rates[name]) for name in list(rates)[1:]},
     }
 
 
@@ -157,24 +217,33 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 2)
 
 
+PARTS = ("encoder", "tokenize", "verify", "profile")
+
+
 @click.command()
+@click.argument("parts", nargs=-1, type=click.Choice(PARTS))
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--workers", default=2, show_default=True)
-def main(rounds: int, workers: int) -> None:
-    """Measure prep and print one JSON object."""
-    if CORPUS.exists():
-        files, tokenizer = sorted(CORPUS.glob("edu_*.parquet")), LLAMA
-    else:
-        from prep.sample_corpus import write_sample_corpus
+def main(parts: tuple[str, ...], rounds: int, workers: int) -> None:
+    """Measure PARTS of prep, by default all, and print one JSON object."""
+    with tempfile.TemporaryDirectory() as temporary:
+        if CORPUS.exists():
+            files, tokenizer = sorted(CORPUS.glob("edu_*.parquet")), LLAMA
+        else:
+            from prep.sample_corpus import write_sample_corpus
 
-        folder = Path(tempfile.mkdtemp()) / "sample"
-        write_sample_corpus(folder)
-        files, tokenizer = sorted(folder.glob("*.parquet")), folder / "tokenizer.model"
-    result = {
-        "machine": f"{processor()}, {platform.python_version()}",
-        "encoder": encoder_against_sentencepiece(files, tokenizer, rounds),
-        "tokenize": tokenize_against_pool(files, tokenizer, rounds, workers),
-    }
+            folder = Path(temporary) / "sample"
+            write_sample_corpus(folder)
+            files, tokenizer = sorted(folder.glob("*.parquet")), folder / "tokenizer.model"
+        measure: dict[str, Callable[[], dict[str, Any]]] = {
+            "encoder": lambda: encoder_against_others(files, tokenizer, rounds),
+            "tokenize": lambda: tokenize_against_pool(files, tokenizer, rounds, workers),
+            "verify": lambda: verify_against_sha256sum(files, tokenizer, rounds, workers),
+            "profile": lambda: profile(files, tokenizer, _count(files, tokenizer) * 97 // 100 // 1024),
+        }
+        result: dict[str, Any] = {"machine": f"{processor()}, {platform.python_version()}"}
+        for part in parts or PARTS:
+            result[part] = measure[part]()
     click.echo(json.dumps(result, indent=2))
 
 
