@@ -6,6 +6,7 @@ to 128 bytes, because NumPy's own padding has changed between releases and the s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 HEADER_BYTES = 128
 TOKEN_BYTES = 2
+MAPPED = 256  # shards mapped at a time: each holds a file open, of which a process may often have 1,024
 
 
 def shard_name(split: str, index: int) -> str:
@@ -45,15 +47,15 @@ class TokenStream:
     """The tokens of a split, all shards end to end. `stream[a:b]` is a uint16 array; only what is asked for is read."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        self._maps: list[npt.NDArray[np.uint16]] = []
-        for shard in shards:
-            path = folder / shard.file
+        self._paths = [folder / shard.file for shard in shards]
+        for path, shard in zip(self._paths, shards, strict=True):
             with path.open("rb") as file:
                 header = file.read(HEADER_BYTES)
             if header != shard_header(shard.tokens) or path.stat().st_size != shard_bytes(shard.tokens):
                 raise ValueError(f"{path}: not a shard of {shard.tokens} tokens; run prep verify on the data set")
-            self._maps.append(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(shard.tokens,)))
-        self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        self._tokens = [shard.tokens for shard in shards]
+        self._ends = np.cumsum(self._tokens, dtype=np.int64)
+        self._map = lru_cache(MAPPED)(self._map_shard)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -66,16 +68,18 @@ class TokenStream:
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
         parts = []
         for i in range(int(first), int(last) + 1):
-            offset = int(self._ends[i]) - len(self._maps[i])
-            parts.append(self._maps[i][max(0, start - offset) : stop - offset])
+            offset = int(self._ends[i]) - self._tokens[i]
+            parts.append(self._map(i)[max(0, start - offset) : stop - offset])
         return np.asarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
 
     def take(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
         """The tokens at `positions`, any order: (N,) int64 -> (N,) uint16."""
         out = np.empty(len(positions), dtype=np.uint16)
         which = np.searchsorted(self._ends, positions, side="right")
-        for i, shard in enumerate(self._maps):
+        for i in np.unique(which).tolist():
             here = np.flatnonzero(which == i)
-            if here.size:
-                out[here] = shard[positions[here] - (int(self._ends[i]) - len(shard))]
+            out[here] = self._map(i)[positions[here] - (int(self._ends[i]) - self._tokens[i])]
         return out
+
+    def _map_shard(self, i: int) -> npt.NDArray[np.uint16]:
+        return np.memmap(self._paths[i], dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(self._tokens[i],))
