@@ -239,6 +239,29 @@ def test_latent_weights_are_refused(
         writer.prove(small, tmp_path / "m.gguf", Options(variant))
 
 
+def test_a_quantiser_that_rounds_codes_is_refused(
+    small: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gguf.quantize
+    tq2_0 = gguf.GGMLQuantizationType.TQ2_0
+    monkeypatch.setattr(
+        gguf, "quantize", lambda values, type: real(values * np.float32(0.999 if type == tq2_0 else 1), type)
+    )
+    writer.write(small, tmp_path / "m.gguf", Options("tq2_0"))
+    with pytest.raises(ValueError, match="does not hold the model's values"):
+        writer.prove(small, tmp_path / "m.gguf", Options("tq2_0"))
+
+
+def test_another_variant_or_origin_is_refused(small: Source, tmp_path: Path) -> None:
+    writer.write(small, tmp_path / "m.gguf", Options("f16"))
+    with pytest.raises(ValueError, match=r"token_embd\.weight is not there as Q8_0"):
+        writer.prove(small, tmp_path / "m.gguf", Options("tq2_0"))
+    other = replace(small, facts=replace(small.facts, data_id="cd" * 32))
+    for wrong, said in ((replace(small, step=8), "step"), (other, "data_id")):
+        with pytest.raises(ValueError, match=f"bitnet_fineweb_edu.{said}"):
+            writer.prove(wrong, tmp_path / "m.gguf", Options("f16"))
+
+
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
 def test_any_changed_byte_of_a_tensor_is_refused(

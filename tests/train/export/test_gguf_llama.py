@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +68,31 @@ def test_the_model_of_the_95m_preset_too(tmp_path: Path) -> None:
     large = source(ModelConfig(), load_tokenizer(LLAMA_2))
     write(large, tmp_path / "m.gguf", Options("tq2_0"))
     assert len(prove(large, tmp_path / "m.gguf", Options("tq2_0"))) == 8
+
+
+def test_each_point_asked_of_llama_cpp_is_refused_when_it_fails(
+    small: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is right, and so passes what needs no llama.cpp; llama.cpp gives something else."""
+    write(small, tmp_path / "m.gguf", Options("tq2_0"))
+    real_ask, real_eps = gguf_llama.ask, gguf.GGUFWriter.add_layer_norm_rms_eps
+
+    def of_another_model(file: Path, *asked: Any) -> Any:
+        write(source(seed=5), tmp_path / "other.gguf", Options("tq2_0"))
+        return real_ask(tmp_path / "other.gguf" if file.name == "m.gguf" else file, *asked)
+
+    def with_bos(*asked: Any) -> Any:
+        logits, ids = real_ask(*asked)
+        return logits, [[1, *found] for found in ids]
+
+    for owner, name, fault, said in (
+        (gguf.GGUFWriter, "add_layer_norm_rms_eps", lambda self, eps: real_eps(self, 1e-6), "logits of the F32 form"),
+        (gguf_llama, "ask", of_another_model, "nats from the model's"),
+        (gguf_llama, "ask", with_bos, r"llama\.cpp's ids of"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=said):
+            patch.setattr(owner, name, fault)
+            prove(small, tmp_path / "m.gguf", Options("tq2_0"))
 
 
 # What a wrong export would be: our model with one thing changed, in activations as trained.
