@@ -2,6 +2,10 @@
 
 The bytes of text that a parquet unit holds stand in the footer. How many tokens they make, and how fast, is measured on
 a text that every Python has, so both are good to some ten percent for English and say nothing of other languages.
+
+The units of a build are those of all files, so a build reads every footer. A plan does not: of a source on the Hub with
+thousands of files, some spread evenly stand for all, since each footer costs two requests of the 3,000 that the Hub
+grants in 5 minutes. What their units hold is what a random part of the source holds, which is what a build reads.
 """
 
 import shutil
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 SAMPLE_CHARACTERS = 400_000
 INDEX_BYTES = 200  # a row of documents.parquet and the journal's copy of it, roughly
+FOOTERS = 32  # files that `plan` looks into, of a source on the Hub
 UNPACKED = 3  # bytes of text in a byte of .jsonl.zst, roughly
 
 
@@ -54,6 +59,7 @@ class Forecast:
     tokens_per_second: float
     workers: int
     enough: bool
+    share: float  # of the source's bytes, in the files that all this was judged by
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,6 +73,8 @@ class Forecast:
             f"on disk      about {self.disk_needed / 1e6:,.1f} MB, {self.disk_free / 1e6:,.1f} MB are free",
             f"to encode    about {duration(self.seconds)} ({rate}), not counting the download",
         ]
+        if self.share < 1:
+            lines.append(f"judged by     {self.share:.1%} of the source; the build reads the footers of all its files")
         if not self.enough:
             lines.append("the source seems too small for this; the build will tell how many sequences it holds")
         return lines
@@ -92,19 +100,24 @@ def forecast(
     speed: Speed,
     workers: int,
     disk_free: int,
+    share: float = 1.0,
 ) -> Forecast:
-    """Read `units`, in the order of the plan, until their text fills the budget. Pure."""
+    """Read `units`, in the order of the plan, until their text fills the budget. Pure.
+
+    They may be a `share` of the source's units; where those are not enough, as many more are taken to be like them.
+    """
     listed, wanted = list(units), sum(settings.budget().values())
     tokens, needed = 0.0, 0
     while needed < len(listed) and tokens < wanted:
         tokens += text_bytes(listed[needed]) / speed.bytes_per_token
         needed += 1
+    more = min(1 / share, wanted / tokens) if 0 < tokens < wanted else 1.0
     rows = [unit.rows for unit in listed[:needed]]
-    documents = None if None in rows else sum(n or 0 for n in rows)
-    download = sum(map(fetched_bytes, listed[:needed]))
+    documents = None if None in rows else round(sum(n or 0 for n in rows) * more)
+    download = round(sum(map(fetched_bytes, listed[:needed])) * more)
     return Forecast(
-        units=needed,
-        units_listed=len(listed),
+        units=round(needed * more),
+        units_listed=round(len(listed) / share),
         documents=documents,
         tokens=wanted,
         download_bytes=download,
@@ -113,8 +126,18 @@ def forecast(
         seconds=wanted / speed.tokens_per_second / workers,
         tokens_per_second=speed.tokens_per_second,
         workers=workers,
-        enough=tokens >= wanted,
+        enough=tokens * more >= wanted,
+        share=share,
     )
+
+
+def sampled(source: "LocalSource | HubSource") -> tuple[list[str], float]:
+    """Files that stand for all of `source`, spread evenly over it, and their share of its bytes."""
+    names, last = source.names, len(source.names) - 1
+    if isinstance(source, LocalSource) or len(names) <= FOOTERS:
+        return names, 1.0
+    chosen = [names[i * last // (FOOTERS - 1)] for i in range(FOOTERS)]
+    return chosen, sum(map(source.file_size, chosen)) / max(1, sum(map(source.file_size, names)))
 
 
 def forecast_source(
@@ -124,17 +147,21 @@ def forecast_source(
     encoder: Encoder,
     workers: int,
     folder: Path,
+    share: float = 1.0,
 ) -> Forecast:
-    """The forecast for an open source and its units in the order of the plan; `folder` is on the disk to be used."""
+    """The forecast for an open source and its units in the order of the plan; `folder` is on the disk to be used.
+
+    `share` is that of `sampled`, where the units are those of its files.
+    """
     listed = list(units)
     rows: dict[str, int] = {}
     for unit in listed:
         rows[unit.file] = rows.get(unit.file, 0) + (unit.rows or 0)
-    share = _text_share(source)
+    of_text = _text_share(source)
 
     def text_bytes(unit: Unit) -> float:
         if kind_of(unit.file) == ".parquet":
-            return unit.unpacked * share
+            return unit.unpacked * of_text
         size = source.file_size(unit.file)
         return size * UNPACKED if unit.rows is None else size * unit.rows / max(1, rows[unit.file])
 
@@ -142,7 +169,7 @@ def forecast_source(
         return 0 if isinstance(source, LocalSource) else source.size(unit)
 
     free = shutil.disk_usage(folder).free
-    return forecast(listed, settings, text_bytes, fetched_bytes, measure(encoder), workers, free)
+    return forecast(listed, settings, text_bytes, fetched_bytes, measure(encoder), workers, free, share)
 
 
 def _text_share(source: "LocalSource | HubSource") -> float:

@@ -22,7 +22,7 @@ import click
 from prep import worker
 from prep.ahead import Ahead
 from prep.encoder import Encoder
-from prep.forecast import Forecast, forecast_source
+from prep.forecast import Forecast, forecast_source, sampled
 from prep.job import DOWNLOAD, Job, findable, finished, hash_files, pin_of, prepare, publish
 from prep.plan import Plan, Settings, Step
 from prep.sources import LocalSource, all_units, open_source
@@ -94,9 +94,10 @@ def plan(
     """What `build` would take, found without changing anything. ValueError for what is wrong with the source."""
     out = out.absolute()
     source = open_source(spec, pin=pin_of(spec, out, restart), stop=stop, say=say)
-    tracks = Plan(all_units(source, settings.unit_bytes), settings.order, settings.seed).tracks
+    names, share = sampled(source)
+    tracks = Plan(all_units(source, settings.unit_bytes, names), settings.order, settings.seed).tracks
     disk = next(folder for folder in (out, *out.parents) if folder.is_dir())
-    return forecast_source(source, tracks, settings, Encoder(tokenizer), workers, disk)
+    return forecast_source(source, tracks, settings, Encoder(tokenizer), workers, disk, share)
 
 
 class _Build:

@@ -151,12 +151,11 @@ def _last_plain_folder(path: Path) -> Path:
     return Path(*parts[:plain]) if plain else Path()
 
 
-def all_units(source: "LocalSource | HubSource", unit_bytes: int) -> list[Unit]:
-    """The units of all files, in the order of their names."""
+def all_units(source: "LocalSource | HubSource", unit_bytes: int, names: list[str] | None = None) -> list[Unit]:
+    """The units of all files, or of the `names` given, in the order of their names."""
+    chosen = source.names if names is None else names
     with ThreadPoolExecutor(8) as pool:  # footers on the Hub are far away, and counting lines takes time
-        return [
-            unit for units in pool.map(lambda name: units_of(source, name, unit_bytes), source.names) for unit in units
-        ]
+        return [unit for units in pool.map(lambda name: units_of(source, name, unit_bytes), chosen) for unit in units]
 
 
 def units_of(source: "LocalSource | HubSource", name: str, unit_bytes: int) -> list[Unit]:

@@ -20,12 +20,28 @@ from urllib.parse import unquote, urlsplit
 LFS_BYTES = 5000  # a larger file is kept as an LFS object: its ETag is its sha256
 
 
+@dataclass(frozen=True)
+class Tail:
+    """A file of `size` bytes of which only the last ones are here."""
+
+    size: int
+    data: bytes
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, span: slice) -> bytes:
+        before = self.size - len(self.data)
+        assert span.start >= before, "only the end of this file was to be read"
+        return self.data[span.start - before : span.stop - before]
+
+
 @dataclass
 class Repository:
     """Files by commit, and commits by branch."""
 
     kind: str  # "datasets" or "models"
-    commits: dict[str, dict[str, bytes]]
+    commits: dict[str, dict[str, bytes | Tail]]
     branches: dict[str, str] = field(default_factory=dict)
     needs_token: str | None = None  # 401 without one, 403 with another
 
@@ -101,6 +117,12 @@ def serving(hub: Hub) -> Iterator[Hub]:
         server.server_close()
 
 
+def digest_of(data: bytes | Tail, algorithm: Callable[[bytes], Any]) -> str:
+    """Of a `Tail`, some digest that stays the same."""
+    digest: str = algorithm(data.data if isinstance(data, Tail) else data).hexdigest()
+    return digest
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -152,24 +174,24 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json({"id": found[3], "sha": commit, "siblings": [{"rfilename": name} for name in files]})
 
-    def _tree(self, files: dict[str, bytes], folder: str) -> None:
+    def _tree(self, files: dict[str, bytes | Tail], folder: str) -> None:
         entries = []
         for name, data in files.items():
             if folder and not name.startswith(folder + "/"):
                 continue
-            entry = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            entry = {"type": "file", "path": name, "size": len(data), "oid": digest_of(data, hashlib.sha1)}
             if len(data) > LFS_BYTES:
-                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+                entry["lfs"] = {"oid": digest_of(data, hashlib.sha256), "size": len(data), "pointerSize": 130}
             entries.append(entry)
         if folder and not entries:
             return self._send(404, {"X-Error-Code": "EntryNotFound"})
         self._json(entries)
 
-    def _file(self, files: dict[str, bytes], name: str, commit: str, request: Request, fault: Fault) -> None:
+    def _file(self, files: dict[str, bytes | Tail], name: str, commit: str, request: Request, fault: Fault) -> None:
         if name not in files:
             return self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         data = files[name]
-        digest = (hashlib.sha256 if len(data) > LFS_BYTES else hashlib.sha1)(data).hexdigest()
+        digest = digest_of(data, hashlib.sha256 if len(data) > LFS_BYTES else hashlib.sha1)
         if not request.storage and len(data) > LFS_BYTES:
             return self._send(
                 302,

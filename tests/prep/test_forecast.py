@@ -1,18 +1,22 @@
 """plan tells what a build will take before it takes it, and the build's first lines say the same."""
 
 import json
+import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from prep.forecast import Speed, forecast
 from prep.plan import Plan, Settings
 from prep.sources import Unit, group_units
-from tests.prep.builds import SOURCE, TOKENIZER, one_line_error, prep, tokenize_arguments
-from tests.prep.hub_builds import SMALL, environment, hub_of, hub_tokenize, write_files
-from tests.prep.hub_server import serving
+from tests.prep.builds import ROOT, SOURCE, TOKENIZER, one_line_error, prep, tokenize_arguments
+from tests.prep.hub_builds import CARD, COMMIT, FINEWEB, SMALL, environment, hub_of, hub_tokenize, write_files
+from tests.prep.hub_server import Hub, Repository, Tail, serving
 
 DEFAULT = Settings(1_920_000, 10_240, 1024, 1 << 26, "shuffled", 0, 8 << 20)
 
@@ -104,3 +108,48 @@ def test_what_is_wrong_is_told_before_it_is_built(tmp_path: Path) -> None:
     lines = prep(*plan_arguments(SOURCE, tmp_path / "out", tokenizer=TOKENIZER)).stdout.splitlines()
     assert [line.split("about")[0].strip() for line in lines] == ["to read", "to download", "on disk", "to encode"]
     assert "measured on one core" in lines[3] and "are free" in lines[2]
+
+
+def test_a_part_of_the_files_stands_for_all() -> None:
+    """A hundredth of the full FineWeb-Edu: 1.3e12 tokens in 2,410 files of 2 GB."""
+    units = [Unit(f"{i:03d}", 3000 * k, 3000, (k, k + 1), 14_000_000) for i in range(24) for k in range(256)]
+    all_of_it = Settings(1_200_000_000, 1_000_000, 1024, 1 << 26, "shuffled", 0, 8 << 20)
+    found = forecast(units, all_of_it, lambda _: 1e7, lambda _: 8 << 20, Speed(4.6, 2e7), 8, 10**13, 24 / 2410)
+    assert found.units_listed == 256 * 2410 == pytest.approx(616_960)
+    assert found.units == pytest.approx(found.tokens * 4.6 / 1e7, rel=1e-4) and found.enough
+    assert found.documents == pytest.approx(3000 * found.units, rel=1e-4)
+    assert found.download_bytes == pytest.approx((8 << 20) * found.units, rel=1e-4)
+    assert found.disk_needed > 2 * found.tokens > 2.4e12
+    more = Settings(1_400_000_000, 1_000_000, 1024, 1 << 26, "shuffled", 0, 8 << 20)
+    assert not forecast(units, more, lambda _: 1e7, lambda _: 1, Speed(4.6, 2e7), 8, 0, 24 / 2410).enough
+    small = forecast(units, DEFAULT, lambda _: 1e7, lambda _: 1, Speed(4.6, 2e7), 8, 0, 24 / 2410)
+    assert small.units == pytest.approx(small.tokens * 4.6 / 1e7, abs=1) and small.units_listed == 616_960
+
+
+def test_thousands_of_files_on_the_hub_are_planned_in_seconds_by_few_requests(tmp_path: Path) -> None:
+    """The default config of FineWeb-Edu: 2,410 files, of which the Hub here has only the footers."""
+    chance = random.Random(0)
+    texts = [chance.randbytes(10_000).hex() for _ in range(210)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "one.parquet", row_group_size=30, write_statistics=False)
+    data = (tmp_path / "one.parquet").read_bytes()
+    tail = Tail(len(data), data[-(int.from_bytes(data[-8:-4], "little") + 8) :])
+    folders = [f"CC-MAIN-{2013 + i // 10}-{i % 10:02d}" for i in range(110)]
+    files: dict[str, bytes | Tail] = {f"data/{f}/{k:05d}.parquet": tail for f in folders for k in range(22)}
+    files = dict(list(files.items())[:2410]) | {"README.md": CARD}
+    hub = Hub({FINEWEB: Repository("datasets", {COMMIT: files}, {"main": COMMIT})})
+    arguments = plan_arguments(
+        f"hf://{FINEWEB}@{COMMIT}?config=default", tmp_path / "out", train_sequences=10**6, seq_len=1024, unit_bytes=1
+    )
+    code = "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr); sys.exit(done.returncode)"
+    with serving(hub):
+        command = [sys.executable, "-c", code, sys.executable, "-m", "prep", *arguments, "--json"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=100
+        )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["units_listed"] == 7 * 2410 and plan["share"] == pytest.approx(32 / 2410)
+    assert 7 * 32 < plan["units"] < 7 * 2410 and plan["enough"]
+    assert len(hub.requests) < 150, "two for a footer, and two hops for each"
+    assert int(done.stderr) < 400 << 10, "KB of memory"
