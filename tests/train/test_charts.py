@@ -47,6 +47,12 @@ def test_any_values_make_a_chart_of_well_formed_svg(values: list[float], log: bo
     assert len(svg) < 120_000
 
 
+def test_a_long_curve_is_as_small_as_a_short_one() -> None:
+    y = np.random.default_rng(0).random(60_000)
+    long, short = (chart([Curve(np.arange(1.0, n + 1), y[:n], band=True)], name="one") for n in (60_000, 361))
+    assert len(long) < 1.2 * len(short)
+
+
 def test_the_same_curve_is_the_same_text() -> None:
     curve = Curve(np.arange(1.0, 9.0), np.arange(1.0, 9.0))
     assert chart([curve], name="a") == chart([curve], name="a")

@@ -51,7 +51,7 @@ def browser() -> Iterator[Browser]:
 def pages(train: Command, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The report of a run full of markup, and its comparison with a twin."""
     folder = tmp_path_factory.mktemp("pages")
-    data = build(folder / "set", train=120, val=10, length=128, texts=[HOSTILE], url='"><script>')
+    data = build(folder / "set", train=120, val=10, length=128, texts=[HOSTILE], url='"><script>' + 99 * "long")
     run, twin = folder / NAME, folder / "twin"
     settings: dict[str, object] = {"model.layers": 3, "probe.every": 2}
     faults = [("report",), ("short_window", 6, 6.0), ("poison", 7), ("spike", 5.0, 17)]
