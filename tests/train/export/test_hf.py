@@ -190,6 +190,25 @@ def test_the_logits_alone_show_every_fault_that_changes_them(
         hf_proof.logits_agree(ours, theirs, hf_proof.proof_tokens(source))
 
 
+def test_a_tokenizer_of_other_ids_makes_the_proof_fail(exports: Exports, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(exports.path("latent"), out)
+    config = json.loads((out / "tokenizer_config.json").read_bytes())
+    (out / "tokenizer_config.json").write_text(json.dumps(config | {"split_special_tokens": False}))
+    with pytest.raises(ValueError, match="the exported tokenizer is not that of training: the ids of '<s>'"):
+        hf.prove(exports.source("latent"), out, exports.options("latent"))
+
+
+def test_a_model_that_is_far_away_in_use_makes_the_proof_fail(exports: Exports) -> None:
+    source, theirs = exports.source("latent"), hf_proof.load(exports.path("latent"), torch.float32)
+    tokens = hf_proof.proof_tokens(source)
+    with torch.no_grad():
+        assert "mean KL divergence" in hf_proof.divergence_holds(source.model, theirs, tokens)
+        theirs.model.norm.weight *= 1.5
+        with pytest.raises(ValueError, match="in fp32 the export is"):
+            hf_proof.divergence_holds(source.model, theirs, tokens)
+
+
 def test_a_failed_proof_leaves_nothing_behind(
     bitnet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
