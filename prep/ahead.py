@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import TYPE_CHECKING
 
 from prep import worker
@@ -27,7 +27,7 @@ class Ahead:
     def __init__(self, source: "LocalSource | HubSource", pool: Executor, workers: int, left: int) -> None:
         self._source, self._pool, self._workers, self._left = source, pool, workers, left
         self._steps = self._bytes = self._tokens = 0  # read and written so far
-        if not isinstance(source, LocalSource):
+        if not isinstance(source, LocalSource) and isinstance(pool, ProcessPoolExecutor):
             pool.submit(os.getpid).result()  # the processes are forked now, before there are threads
 
     def wants(self, pending: Iterable[Step]) -> bool:

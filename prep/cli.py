@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _dask_address(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"dask://[^/:\s]+(:\d+)?", value):
+        raise click.BadParameter(f"{value}: expected dask://HOST[:PORT], the address of a Dask scheduler")
+    return value
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main() -> None:
     """Pre-tokenise text into memory-mapped uint16 shards with a hashed manifest."""
@@ -49,6 +56,13 @@ def main() -> None:
 
 @main.command()
 @job_options
+@click.option(
+    "--executor",
+    metavar="dask://HOST[:PORT]",
+    default=None,
+    callback=_dask_address,
+    help="encode on the workers of this Dask scheduler; --workers says how many to count on [default: those there]",
+)
 def tokenize(
     source: str,
     tokenizer: str,
@@ -62,6 +76,7 @@ def tokenize(
     workers: int | None,
     unit_bytes: int,
     restart: bool,
+    executor: str | None,
 ) -> None:
     """Build a data set of exactly the tokens a job consumes. The same command goes on after an interruption."""
     from shared.stop import Stop
@@ -78,10 +93,11 @@ def tokenize(
             load_tokenizer(tokenizer_file(tokenizer, stop=stop), pinned_sha256(tokenizer)),
             settings,
             out,
-            workers=workers or min(8, _cores()),
+            workers=workers or (0 if executor else min(8, _cores())),
             restart=restart,
             stop=stop,
             tokenizer_spec=tokenizer,
+            executor=executor,
         )
     for name, split in manifest.splits.items():
         click.echo(
@@ -117,7 +133,7 @@ def plan(
     from shared.stop import Stop
 
     with Stop().listening() as stop:
-        from prep.pipeline import plan as plan_
+        from prep.forecast import plan as plan_
         from prep.plan import Settings
         from prep.sources import tokenizer_file
         from shared.tokenizer import load_tokenizer

@@ -19,10 +19,13 @@ import pyarrow as pa
 
 from prep.ahead import BYTES_AHEAD
 from prep.encoder import Encoder
-from prep.plan import Settings
-from prep.sources import LocalSource, Unit, kind_of
+from prep.job import pin_of
+from prep.plan import Plan, Settings
+from prep.sources import LocalSource, Unit, all_units, kind_of, open_source
 from shared.progress import duration
 from shared.shards import TOKEN_BYTES
+from shared.stop import Stop
+from shared.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from prep.hub import HubSource
@@ -170,6 +173,26 @@ def forecast_source(
 
     free = shutil.disk_usage(folder).free
     return forecast(listed, settings, text_bytes, fetched_bytes, measure(encoder), workers, free, share)
+
+
+def plan(
+    spec: str,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    out: Path,
+    *,
+    workers: int,
+    restart: bool,
+    stop: Stop,
+    say: Callable[[str], None],
+) -> Forecast:
+    """What a build would take, found without changing anything. ValueError for what is wrong with the source."""
+    out = out.absolute()
+    source = open_source(spec, pin=pin_of(spec, out, restart), stop=stop, say=say)
+    names, share = sampled(source)
+    tracks = Plan(all_units(source, settings.unit_bytes, names), settings.order, settings.seed).tracks
+    disk = next(folder for folder in (out, *out.parents) if folder.is_dir())
+    return forecast_source(source, tracks, settings, Encoder(tokenizer), workers, disk, share)
 
 
 def _text_share(source: "LocalSource | HubSource") -> float:

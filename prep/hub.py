@@ -124,6 +124,10 @@ class HubSource:
         """SRC with the commit in it."""
         return self.address + (f"?config={self.config}" if self.config else "")
 
+    @property
+    def folder(self) -> Path:
+        return self.fetched().folder
+
     def work_in(self, folder: Path) -> None:
         """Keep what is fetched in `folder`, which must be empty, rather than in a temporary one."""
         numbers = {name: number for number, name in enumerate(self.names)}

@@ -9,20 +9,20 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prep import worker
 from prep.ahead import Ahead
 from prep.encoder import Encoder
-from prep.forecast import Forecast, forecast_source, sampled
+from prep.forecast import forecast_source
 from prep.job import DOWNLOAD, Job, findable, finished, hash_files, pin_of, prepare, publish
 from prep.plan import Plan, Settings, Step
 from prep.sources import LocalSource, all_units, open_source
@@ -47,6 +47,9 @@ from shared.shards import TOKEN_BYTES
 from shared.stop import Stop
 from shared.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from prep.cluster import Cluster
+
 WAIT = 0.2  # seconds between two looks at the stop flag
 PACKAGES = ("numpy", "pyarrow", "sentencepiece", "zstandard", "huggingface_hub")
 
@@ -61,8 +64,13 @@ def build(
     restart: bool,
     stop: Stop,
     tokenizer_spec: str | None = None,
+    executor: str | None = None,
 ) -> Manifest:
-    """Make `out` or go on making it. ValueError and OSError for what the user must mend; Interrupted at a signal."""
+    """Make `out` or go on making it. ValueError and OSError for what the user must mend; Interrupted at a signal.
+
+    `workers` processes of this machine encode, or with `executor`, dask://HOST:PORT, those of a cluster: 0 for as many
+    as it has at the start.
+    """
     out = out.absolute()
     progress = Progress()
     source = open_source(spec, pin=pin_of(spec, out, restart), stop=stop, say=progress.say)
@@ -77,34 +85,25 @@ def build(
         prepare(job, restart)
         if (job.partial / MANIFEST).exists() and not (job.partial / JOURNAL).exists():
             return publish(job)  # a former start was killed right before its last step
-        return _Build(job, stamps, workers, stop, progress).run()
-
-
-def plan(
-    spec: str,
-    tokenizer: Tokenizer,
-    settings: Settings,
-    out: Path,
-    *,
-    workers: int,
-    restart: bool,
-    stop: Stop,
-    say: Callable[[str], None],
-) -> Forecast:
-    """What `build` would take, found without changing anything. ValueError for what is wrong with the source."""
-    out = out.absolute()
-    source = open_source(spec, pin=pin_of(spec, out, restart), stop=stop, say=say)
-    names, share = sampled(source)
-    tracks = Plan(all_units(source, settings.unit_bytes, names), settings.order, settings.seed).tracks
-    disk = next(folder for folder in (out, *out.parents) if folder.is_dir())
-    return forecast_source(source, tracks, settings, Encoder(tokenizer), workers, disk, share)
+        return _Build(job, stamps, workers, executor, stop, progress).run()
 
 
 class _Build:
     """One start of a build: from where the journal stands to the end or a stop."""
 
-    def __init__(self, job: Job, stamps: dict[str, int | None], workers: int, stop: Stop, progress: Progress) -> None:
+    def __init__(
+        self,
+        job: Job,
+        stamps: dict[str, int | None],
+        workers: int,
+        executor: str | None,
+        stop: Stop,
+        progress: Progress,
+    ) -> None:
         self.job, self.workers, self.stop, self.progress = job, workers, stop, progress
+        self.executor = executor
+        self.cluster: Cluster | None = None
+        self.pending: deque[tuple[Step, Future[Result]]] = deque()  # under way, in the order of the plan
         settings, source = job.settings, job.source
         if not isinstance(source, LocalSource):
             (job.partial / DOWNLOAD).mkdir()
@@ -123,8 +122,8 @@ class _Build:
         self.text_bytes = 0
 
     def run(self) -> Manifest:
-        self._announce()
-        with _pool(self.workers, self.make_worker) as pool:
+        with self._executor() as pool:
+            self._announce()
             ahead = Ahead(self.job.source, pool, self.workers, self._left())
             for step, result in self._results(ahead):
                 self.text_bytes += result.text_bytes
@@ -148,10 +147,22 @@ class _Build:
             with _writing(self.job.partial):
                 return self._finish()
 
+    @contextmanager
+    def _executor(self) -> Iterator[Executor]:
+        if self.executor is None:
+            with _pool(self.workers, self.make_worker) as pool:
+                yield pool
+            return
+        from prep.cluster import connect
+
+        with connect(self.executor, self.workers, self.make_worker) as self.cluster:
+            self.workers = self.cluster.num_workers
+            yield self.cluster
+
     def _results(self, ahead: Ahead) -> Iterator[tuple[Step, Result]]:
         """Steps and what they gave, in order, with several of them under way."""
         steps = self.plan.steps(self.writer.cursor)
-        pending: deque[tuple[Step, Future[Result]]] = deque()
+        pending = self.pending
         while True:
             while ahead.wants(step for step, _ in pending) and (step := next(steps, None)):
                 pending.append((step, ahead.submit(step)))
@@ -201,7 +212,15 @@ class _Build:
         return (  # 77 columns for the whole job
             f"{done / 1e6:.1f}/{total / 1e6:.1f} M tokens {done / total:.1%} · {rate / 1e6:.2f} M tokens/s · "
             f"{self.text_bytes / seconds / 1e6:.1f} MB/s · {left} left"
-        )
+        ) + self._under_way()
+
+    def _under_way(self) -> str:
+        """How the work flows on a cluster: nothing new is handed out while much waits to be written."""
+        if self.cluster is None:
+            return ""
+        waiting = sum(future.done() for _, future in self.pending)
+        in_flight = len(self.pending) - waiting
+        return f" · {len(self.cluster.present)} workers, {in_flight} in flight, {waiting} waiting to be written"
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.began
@@ -258,6 +277,7 @@ class _Build:
             "seconds": round(self._seconds(), 3),
             "starts": self.writer.starts,
             "workers": self.workers,
+            "executor": self.executor,
             "source": self.job.spec_path,
             "tokenizer": findable(self.job.tokenizer_spec) if self.job.tokenizer_spec else None,
             "encoder": self.encoder.slow_reason or "parts",

@@ -55,6 +55,8 @@ class Pin:
 class Readable(Protocol):
     """What a worker needs of a source: its files as they lie on this disk."""
 
+    @property
+    def folder(self) -> Path: ...  # in which it reads
     def path(self, name: str) -> Path: ...  # the whole file
     def where(self, name: str) -> str: ...  # what messages call it
     def stamp(self, name: str) -> int | None: ...  # differs once the file has changed; None when it is gone
@@ -68,6 +70,10 @@ class LocalSource:
     root: Path
     names: list[str]
     repository = config = revision = None  # those of a source on the Hub
+
+    @property
+    def folder(self) -> Path:
+        return self.root
 
     def path(self, name: str) -> Path:
         return self.root / name

@@ -116,10 +116,15 @@ _worker: Worker
 
 def start(make: Callable[[], Worker], parent: int) -> None:
     """Set a worker process up: leave Ctrl-C to the parent, and do not outlive it."""
-    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    serve(make)
+
+
+def serve(make: Callable[[], Worker]) -> None:
+    """Make this process one in which `run` works."""
+    global _worker
     pa.set_cpu_count(1)
     _keep_freed_memory()
     _worker = make()
