@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prep.plan import Settings
 from prep.sources import HUB, LocalSource, Pin, open_source
-from prep.split_writer import ROWS
+from prep.split_writer import FINISHED, ROWS
 from prep.writer import JOURNAL, journal_config, write_journal
 from shared.durable import fsync_folder
 from shared.manifest import BUILD, MANIFEST, Manifest, SourceFile, load_build, load_manifest
@@ -192,9 +192,9 @@ def discard_download(folder: Path) -> None:
 def publish(job: Job) -> Manifest:
     """Give a whole data set its name. What may be left of a former try is removed first."""
     discard_download(job.partial)
-    for rows in job.partial.glob(f"*/{ROWS}"):
-        rows.unlink()
-        fsync_folder(rows.parent)
+    for path in [*job.partial.glob(f"*/{ROWS}"), *job.partial.glob(f"*/{FINISHED}")]:
+        path.unlink()
+        fsync_folder(path.parent)
     if job.out.exists():
         job.out.rmdir()  # an empty folder of that name
     job.partial.rename(job.out)

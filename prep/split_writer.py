@@ -1,6 +1,7 @@
 """One split on its way to disk: tokens appended to its shards, rows to its index. Nothing counts before `sync`."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,6 +21,8 @@ from shared.manifest import Index, LastDocument, Split
 from shared.shards import HEADER_BYTES, TOKEN_BYTES, Shard, shard_bytes, shard_header, shard_name
 
 ROWS = "documents.rows"  # the rows of the index so far: Arrow IPC streams, one after another
+# The finished shards so far, a line of JSON each: in the journal, each commit would write all of them again.
+FINISHED = "shards.jsonl"
 
 
 class SplitWriter:
@@ -31,7 +34,8 @@ class SplitWriter:
         self.documents: int = state.get("documents", 0)
         self.utf8_bytes: int = state.get("utf8_bytes", 0)
         self.last_document: dict[str, Any] | None = state.get("last_document")
-        self._shards = [Shard(**shard) for shard in state.get("shards", [])]
+        self._finished_bytes: int = state.get("finished_bytes", 0)
+        self._shards = self._read_finished()
         self._rows_bytes: int = state.get("rows_bytes", 0)
         self._digest = hashlib.sha256()
         self._shard: int | None = None  # file descriptors
@@ -44,7 +48,7 @@ class SplitWriter:
             "documents": self.documents,
             "utf8_bytes": self.utf8_bytes,
             "last_document": self.last_document,
-            "shards": [asdict(shard) for shard in self._shards],
+            "finished_bytes": self._finished_bytes,
             "rows_bytes": self._rows_bytes,
         }
 
@@ -128,7 +132,28 @@ class SplitWriter:
                 os.close(self._shard)
                 self._shard = None
                 name = shard_name(self._split, len(self._shards))
-                self._shards.append(Shard(name, size, shard_bytes(size), self._digest.hexdigest()))
+                self._finish_shard(Shard(name, size, shard_bytes(size), self._digest.hexdigest()))
+
+    def _finish_shard(self, shard: Shard) -> None:
+        self._shards.append(shard)
+        line = json.dumps(asdict(shard)).encode() + b"\n"
+        path = self._folder / self._split / FINISHED
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            write_all(fd, line)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        fsync_folder(path.parent)
+        self._finished_bytes += len(line)
+
+    def _read_finished(self) -> list[Shard]:
+        """The finished shards that the journal knows of."""
+        path = self._folder / self._split / FINISHED
+        known = path.read_bytes()[: self._finished_bytes] if self._finished_bytes and path.exists() else b""
+        if len(known) < self._finished_bytes:
+            raise ValueError(_too_short(path))
+        return [Shard(**json.loads(line)) for line in known.splitlines()]
 
     def _shard_size(self) -> int:
         """Tokens of the shard in hand; known before it is written, since the budget is."""
@@ -141,6 +166,9 @@ class SplitWriter:
         header = shard_header(self._shard_size())
         write_all(self._shard, header)
         self._digest = hashlib.sha256(header)
+
+    def _lists(self) -> dict[str, int]:
+        return {ROWS: self._rows_bytes, FINISHED: self._finished_bytes}
 
     def _append_rows(self, rows: pa.RecordBatch) -> None:
         if self._rows is None:
@@ -170,15 +198,14 @@ class SplitWriter:
         expected = {Path(shard.file).name: shard.bytes for shard in self._shards}
         if inside:
             expected[Path(shard_name(self._split, len(self._shards))).name] = HEADER_BYTES + inside * TOKEN_BYTES
-        if self._rows_bytes:
-            expected[ROWS] = self._rows_bytes
+        expected.update({name: size for name, size in self._lists().items() if size})
         for path in folder.iterdir():
             if path.name not in expected:
                 path.unlink()
         for name, size in expected.items():
             path = folder / name
             if not path.exists() or path.stat().st_size < size:
-                raise ValueError(f"{path}: shorter than the journal says; start the build again with --restart")
+                raise ValueError(_too_short(path))
             os.truncate(path, size)
         if inside:
             path = self._folder / shard_name(self._split, len(self._shards))
@@ -200,6 +227,10 @@ def write_index(path: Path, name: str, batches: Iterator[pa.RecordBatch]) -> Ind
         os.fsync(file.fileno())
     fsync_folder(path.parent)
     return Index(name, rows, content.hexdigest())
+
+
+def _too_short(path: Path) -> str:
+    return f"{path}: shorter than the journal says; start the build again with --restart"
 
 
 def _runs(offsets: Offsets, kept: list[Kept]) -> Iterator[tuple[int, int]]:
