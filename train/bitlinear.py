@@ -17,6 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from train.rows import by_rows, exact_dtype
+
 SMALLEST_SCALE = 1e-5
 
 
@@ -126,11 +128,6 @@ def int8_is_exact() -> bool:
     return torch.equal(torch._int_mm(x, w.t()).double(), x.double() @ w.double().t())
 
 
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64: what scales and rounding are computed in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 class QuantizedProduct(torch.autograd.Function):
     """The forward product on integers; the gradients of the same formula with rounding taken as the identity.
 
@@ -147,11 +144,19 @@ class QuantizedProduct(torch.autograd.Function):
         w_quantized: Tensor,
     ) -> Tensor:
         compute = w_quantized.dtype
-        x_codes, x_scale = quantize_activations(x)
-        sums = integer_product(x_codes.to(w_codes.dtype), w_codes)
-        ctx.save_for_backward((x_codes * x_scale).to(compute), w_quantized)
+
+        def quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            codes, scale = quantize_activations(x)
+            return codes.to(w_codes.dtype), scale, (codes * scale).to(compute)
+
+        def scaled(sums: Tensor, x_scale: Tensor) -> tuple[Tensor]:
+            return ((sums * x_scale).mul_(w_scale).to(compute),)
+
+        x_codes, x_scale, x_quantized = by_rows(quantized, x)
+        ctx.save_for_backward(x_quantized, w_quantized)
         ctx.x_dtype = x.dtype  # type: ignore[attr-defined]
-        return (sums * x_scale).mul_(w_scale).to(compute)
+        (y,) = by_rows(scaled, integer_product(x_codes, w_codes), x_scale)
+        return y
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:

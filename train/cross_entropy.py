@@ -7,13 +7,13 @@ that nothing is computed twice (as in Liger Kernel, arXiv 2410.10989). The softm
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from train.bitlinear import exact_dtype, product
+from train.bitlinear import product
+from train.rows import by_rows, exact_dtype
 
 CHUNK = 4096  # tokens to a product: few, since each adds a whole (V, C) gradient; 4096 x 32,000 logits are 524 MB
-CACHED = 64  # tokens to a softmax on a CPU: their logits stay in its cache
+CACHED = 16  # tokens to a softmax for each thread of a CPU: their logits stay in its cache
 
 Softmax = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
@@ -23,10 +23,12 @@ def softmax_slope(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[T
 
     The slope is the derivative by the logits: softmax - 1 at the label.
     """
-    log_p = torch.log_softmax(logits.to(exact_dtype(logits.dtype)), -1)
-    losses = -log_p.gather(1, labels[:, None])
-    slope = log_p.exp_().to(dtype)
-    slope.scatter_(1, labels[:, None], torch.expm1(-losses).to(dtype))  # p - 1 without cancellation
+    logits, at = logits.to(exact_dtype(logits.dtype)), labels[:, None]
+    p = torch.softmax(logits, -1)
+    # The likeliest has p = 1 / sum(exp(logit - largest)), which is never too small for its logarithm.
+    losses = logits.amax(-1, keepdim=True) - logits.gather(1, at) - p.amax(-1, keepdim=True).log()
+    slope = p.to(dtype)
+    slope.scatter_(1, at, torch.expm1(-losses).to(dtype))  # p - 1 without cancellation
     return losses.squeeze(1), slope
 
 
@@ -51,16 +53,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         losses, grads_hidden, grad_head = [], [], torch.empty(0)
         for h, y in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):
             logits = product(h, weight.t())  # (chunk, V)
-            block = CACHED if logits.device.type == "cpu" else CHUNK
-            parts = list(zip(torch.split(logits, block), torch.split(y, block), strict=True))
+            each, slope = by_rows(lambda part, to: softmax(part, to, hidden.dtype), logits, y, cached=CACHED)
+            losses.append(each)
             if not wanted:
-                losses += [
-                    F.cross_entropy(part.to(exact_dtype(part.dtype)), to, reduction="none") for part, to in parts
-                ]
                 continue
-            done = [softmax(part, to, h.dtype) for part, to in parts]
-            losses += [loss for loss, _ in done]
-            slope = torch.cat([slope for _, slope in done]) if len(done) > 1 else done[0][1]
             grads_hidden.append(slope @ weight)
             share = product(slope.t(), h).to(exact_dtype(h.dtype))
             grad_head = grad_head.add_(share) if len(grads_hidden) > 1 else share

@@ -55,7 +55,7 @@ class Memory:
     moments: int
     codes: int  # derived from the matrices: codes and their product with the scale; the twin's are its bf16 copies
     activations: int  # what backward needs of the forward pass
-    loss: int  # a chunk of logits and its slope, and the head's gradient
+    working: int  # on top at the worst moment: in the loss, or in a layer's backward
     total: int
 
 
@@ -207,46 +207,49 @@ def memory_of(config: ModelConfig, length: int, micro: int) -> Memory:
     }
     tokens = micro * length
     activations = tokens * (config.layers * kept_by_layer(config) + kept_by_head(config))
-    loss = loss_bytes(config, tokens)
-    return Memory(micro, **fixed, activations=activations, loss=loss, total=sum(fixed.values()) + activations + loss)
+    working = max(loss_bytes(config, tokens), backward_bytes(config, tokens))
+    total = sum(fixed.values()) + activations + working
+    return Memory(micro, **fixed, activations=activations, working=working, total=total)
 
 
 def kept_by_layer(config: ModelConfig) -> int:
     """Bytes a token that backward needs of one layer."""
     c, f, keys = config.hidden, config.ffn, config.kv_heads * config.head_dim
-    norm = 2 * FP32 * c  # its input in fp32, and that normalised, before the weight
+    norm = BF16 * c + FP32 * c  # its input, and that normalised, before the weight
     attention = (
         BF16 * c  # input of qkv, quantised
-        + BF16 * (c + 2 * keys)  # qkv, for v is a view of it
-        + BF16 * (c + keys)  # q and k, turned
+        + BF16 * (c + 2 * keys)  # qkv with q and k turned
         + FP32 * config.heads  # the logarithms of attention's sums
         + BF16 * c  # what attention gives
-        + FP32 * c  # that in fp32, for its norm
         + BF16 * c  # input of the output projection, quantised
     )
     ffn = (
         BF16 * c  # input of gate and up, quantised
         + BF16 * 2 * f  # gate and up
-        + BF16 * f  # silu(gate)
-        + FP32 * f  # their product in fp32, for its norm
         + BF16 * f  # input of down, quantised
     )
     return 2 * norm + attention + ffn
 
 
 def kept_by_head(config: ModelConfig) -> int:
-    """Bytes a token around the layers: the final norm, its result in bf16, and the gradient of that."""
-    return 2 * FP32 * config.hidden + 2 * BF16 * config.hidden
+    """Bytes a token around the layers: RoPE's angles, the final norm, its result in bf16, and the gradient of that."""
+    return FP32 * config.head_dim + (BF16 + FP32) * config.hidden + 2 * BF16 * config.hidden
 
 
 def loss_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the loss at its worst moment, the worst of a step with a large vocabulary (train/cross_entropy.py)."""
+    """Bytes of the loss at its worst moment, the worst of a step with few tokens (train/cross_entropy.py)."""
     assert config.vocab_size is not None
     chunk = min(tokens, cross_entropy.CHUNK)
     several = tokens > chunk
     logits = FP32 + FP32 + BF16 + (BF16 if several else 0)  # logits, their logarithms, the slope and the one before
     head = BF16 + (2 * FP32 if several else 0)  # the head in bf16; its gradient, and the share of a chunk
     return chunk * config.vocab_size * logits + config.vocab_size * config.hidden * head
+
+
+def backward_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of a layer's backward at its worst moment, the worst of a step with many tokens: SwiGLU (train/rows.py)."""
+    of_swiglu = 7 * FP32 * config.ffn  # gate, up, silu(gate), three gradients and one on its way, all in fp32
+    return tokens * (of_swiglu + 2 * BF16 * config.hidden)
 
 
 def table(plan: Plan) -> Iterator[str]:
@@ -277,7 +280,7 @@ def table(plan: Plan) -> Iterator[str]:
     yield from (f"{k.step:>10,}  {k.lr:>13.6e}  {k.weight_decay:>12g}" for k in plan.schedule)
     yield ""
     yield "memory on a GPU in GB, an estimate until a run has measured it (every run tries before its first step)"
-    names = ("parameters", "gradients", "moments", "codes", "activations", "loss", "total")
+    names = ("parameters", "gradients", "moments", "codes", "activations", "working", "total")
     yield "  micro  " + "  ".join(f"{name:>11}" for name in names)
     for memory in plan.memory:
         yield f"{memory.micro:>7}  " + "  ".join(f"{getattr(memory, name) / 1e9:>11.2f}" for name in names)

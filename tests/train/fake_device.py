@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from train import bitlinear, cross_entropy
+from train import bitlinear, cross_entropy, model, rows
 from train.config import Config
 from train.loop import Loop
 from train.model import Model
@@ -58,11 +58,11 @@ class FakeDevice:
 
     def __init__(self, config: Config, length: int, allocator: Allocator) -> None:
         self.allocator = allocator
-        model = Model(config.model, torch.bfloat16)
-        model.requantize()
+        network = Model(config.model, torch.bfloat16)
+        network.requantize()
         order = Order("0" * 64, 0, config.batch.sequences, config.batch.sequences)
         stream: Any = np.zeros(config.batch.sequences * length + 1, dtype=np.uint16)
-        self.attempt = Loop(config, model, order, stream, length=length, micro=0).attempt
+        self.attempt = Loop(config, network, order, stream, length=length, micro=0).attempt
 
     def peak(self, micro: int) -> int:
         """Most bytes live while accumulating the gradients of two micro-batches."""
@@ -73,7 +73,7 @@ class FakeDevice:
 
 @contextmanager
 def fake_device(config: Config, length: int, cap: int, patch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
-    """It multiplies as CUDA does: codes in bf16, products of bf16 leave as fp32, the logits of a chunk at once."""
+    """It computes as CUDA does: codes in bf16, products of bf16 leave as fp32, all rows at once, attention in bf16."""
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         return bitlinear.mm_fp32(a, b) if a.dtype == torch.bfloat16 else a @ b
@@ -81,6 +81,7 @@ def fake_device(config: Config, length: int, cap: int, patch: pytest.MonkeyPatch
     patch.setattr(bitlinear, "code_dtype", lambda device: torch.bfloat16)
     patch.setattr(bitlinear, "product", product)
     patch.setattr(cross_entropy, "product", product)
-    patch.setattr(cross_entropy, "CACHED", cross_entropy.CHUNK)
+    patch.setattr(rows, "rows_at_once", lambda cached, device: None)
+    patch.setattr(model, "attention_dtype", lambda device, compute: compute)
     with FakeTensorMode(allow_non_fake_inputs=True), Allocator(cap) as allocator:
         yield FakeDevice(config, length, allocator)
