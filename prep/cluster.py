@@ -232,7 +232,7 @@ def _client(spec: str) -> "Client":
         raise ValueError(
             "--executor dask://... needs the package distributed, which is not installed here: pip install '.[cluster]'"
         ) from None
-    for name in ("distributed", "tornado", "asyncio"):
+    for name in ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what matters of it is said in a line of ours
     warnings.filterwarnings("ignore", module="distributed")
     host, _, port = spec.removeprefix(SCHEME).partition(":")

@@ -168,10 +168,11 @@ class _Build:
                 pending.append((step, ahead.submit(step)))
             if not pending:
                 return
-            step, future = pending.popleft()
+            step, future = pending[0]
             while not wait([future], timeout=WAIT).done:
                 self.progress.show(self._line)
                 self._check_stop()
+            pending.popleft()
             result = future.result()
             if result.ended:
                 self.plan.ended(step.track)
