@@ -52,8 +52,7 @@ PROSE = (
 def prove(source: Source, out: Path, variant: str) -> list[str]:
     """What holds of the file `out`, a line each. ValueError names the first thing that does not."""
     graph = Graph(out)
-    texts = [*PROMPTS, PROSE]
-    tokens = [encode(source.tokenizer, text)[: source.facts.sequence_length] for text in texts]
+    tokens = [document[: source.facts.sequence_length] for document in documents(source.tokenizer)]
     lines = [
         same_tensors(source, graph, variant),
         same_fields(source, graph),
@@ -73,6 +72,11 @@ def prove(source: Source, out: Path, variant: str) -> list[str]:
         near(torch.from_numpy(logits), logits_of(source.model, tokens), unrounded),
         same_ids(source.tokenizer, plain, found) + (f", but {' '.join(beware)} are made of text" if beware else ""),
     ]
+
+
+def documents(tokenizer: Tokenizer) -> list[list[int]]:
+    """Two sequences as in training: short documents one behind the other, and a longer one."""
+    return [[i for text in PROMPTS for i in encode(tokenizer, text)], encode(tokenizer, PROSE)]
 
 
 def same_tensors(source: Source, graph: Graph, variant: str) -> str:

@@ -23,7 +23,7 @@ from train.export.command import VARIANTS, Options
 from train.export.gguf import prove, write
 from train.export.source import Source, open_source
 from train.model import Model
-from train.samples import PROMPTS, encode
+from train.samples import encode
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make test-gguf builds it")
 
@@ -39,7 +39,7 @@ def small() -> Source:
 
 @pytest.fixture(scope="module")
 def tokens(small: Source) -> list[list[int]]:
-    return [encode(small.tokenizer, text)[:64] for text in (*PROMPTS, gguf_proof.PROSE)]
+    return [document[:64] for document in gguf_proof.documents(small.tokenizer)]
 
 
 def asked(made: Source, variant: str, tokens: list[list[int]], folder: Path) -> torch.Tensor:
