@@ -12,6 +12,7 @@ PRESET ?= 95m
 STEPS ?=
 GPUS ?= 1
 WORKERS ?=
+EXECUTOR ?=
 ARGS ?=
 PROMPT ?= The sun
 FORMAT ?= hf
@@ -23,6 +24,7 @@ TASKS ?= plain_facts,last_word
 ifdef PYTHON
 PY := $(PYTHON)
 CORE :=
+CLUSTER :=
 TEST :=
 BENCH :=
 LLAMA :=
@@ -31,6 +33,7 @@ EXTRA :=
 else
 PY := .venv/bin/python
 CORE := .venv/.core
+CLUSTER := .venv/.cluster
 TEST := .venv/.test
 BENCH := .venv/.test .venv/.bench
 LLAMA := .venv/.test .venv/.llama
@@ -65,8 +68,10 @@ plan: $(CORE) ## tell what make tokenize with the same variables would read, dow
 	exec $(PY) -m prep plan $(FROM) $(if $(WORKERS),--workers $(WORKERS)) --out '$(DATA)' $(ARGS)
 
 .PHONY: tokenize
-tokenize: $(CORE) ## build DATA from SOURCE with TOKENIZER (WORKERS processes); again after an interruption
-	exec $(PY) -m prep tokenize $(FROM) $(if $(WORKERS),--workers $(WORKERS)) --out '$(DATA)' $(ARGS)
+tokenize: $(CORE) $(if $(EXECUTOR),$(CLUSTER))
+tokenize: ## build DATA from SOURCE with TOKENIZER (WORKERS processes, or EXECUTOR=dask://HOST:8786); again after an interruption
+	exec $(PY) -m prep tokenize $(FROM) $(if $(WORKERS),--workers $(WORKERS)) $(if $(EXECUTOR),--executor $(EXECUTOR)) \
+		--out '$(DATA)' $(ARGS)
 
 .PHONY: verify
 verify: $(CORE) ## re-hash and check every file of DATA
