@@ -221,7 +221,8 @@ def test_a_run_without_a_step_is_not_called_equal(runs: Path, copy: Path) -> Non
 
 def test_no_gap_is_stated_over_different_texts(train: Command, runs: Path, tmp_path: Path) -> None:
     data = build(tmp_path / "set", train=120, val=10, seed=9)
-    assert train.run(data, tmp_path / "run", "--steps", 8, settings=CHANGED).code == 0
+    assert train.run(data, tmp_path / "run", "--steps", 16, settings=CHANGED).code == 0
+    assert train("eval", tmp_path / "run", "--sequences", 7).code == 0
     done = train("compare", runs / "a0", tmp_path / "run")
     assert done.code == 0 and "gap        none to state" in done.out and "no gap is stated" in done.out
 

@@ -31,6 +31,13 @@ SMALLEST = """
 Math.min(...[...document.querySelectorAll("svg text")].map(t => parseFloat(getComputedStyle(t).fontSize)
   * t.ownerSVGElement.getBoundingClientRect().width / t.ownerSVGElement.viewBox.baseVal.width))
 """
+# Tiles that cannot hold the count of tokens of the 95M job.
+TILES = """
+(() => {
+  document.querySelectorAll(".tiles b").forEach(b => b.textContent = "1,966,080,000");
+  return [...document.querySelectorAll(".tiles div")].filter(t => t.scrollWidth > t.clientWidth).length;
+})()
+"""
 # Texts of a chart that stick out of it.
 CLIPPED = """
 [...document.querySelectorAll("svg text")].filter(t => {
@@ -71,6 +78,7 @@ def test_a_page_can_be_read(browser: Browser, pages: dict[str, Path], page: str,
     assert browser.value("document.querySelectorAll('svg').length") >= 4
     assert browser.value(SMALLEST) >= 9.5
     assert browser.value(CLIPPED) == []
+    assert browser.value(TILES) == 0
     assert browser.value(CONTRAST) >= 4.5, "WCAG 2.1, 1.4.3"
     background = browser.value("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(18, 20, 23)" if dark else "rgb(255, 255, 255)")

@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 Array = npt.NDArray[np.float64]
 
+DOTS = 40  # as many can be told apart
 BINS = 360  # points of a long curve: one a pixel of the chart
 WIDTH, HEIGHT = 360, 210  # CSS pixels, which a phone shows one to one
 DPI = 72  # of an SVG: 1 pt = 1 px
@@ -143,7 +144,8 @@ def ramp(count: int) -> list[str]:
 def _draw(axes: Axes, curve: Curve) -> None:
     if curve.dots:
         few = thinned(curve.x, curve.y)
-        axes.plot(few.x, few.mean, "-o", color=curve.color, markersize=3.5, linewidth=1.2, clip_on=False)
+        marker = "o" if len(few.x) <= DOTS else ""  # more would hide what they stand on
+        axes.plot(few.x, few.mean, marker=marker, color=curve.color, markersize=3.5, linewidth=1.3, clip_on=False)
     elif len(curve.x) > BINS:
         few = thinned(curve.x, curve.y)
         if curve.band:
