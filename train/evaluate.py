@@ -75,7 +75,7 @@ def evaluate(
             tokens = torch.from_numpy(rows(stream, indices, length)).to(model.embedding.device)
             with torch.no_grad(), eager(model):
                 nats += model.loss(tokens[:, :-1], tokens[:, 1:]).cpu().double() * (len(indices) * length)
-    distributed.sum_in_place([nats])
+    distributed.add_up(nats)
     tokens_in_all = sequences * length
     return Evaluation(
         sequences, tokens_in_all, text_bytes(stream, tokenizer, tokens_in_all), nats.item() / tokens_in_all

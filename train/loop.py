@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.shards import TokenStream
 from train import distributed, schedule
@@ -31,6 +31,17 @@ class Measured:
     probe: Readings | None = None  # on rank 0, of each probe.every-th step
 
 
+class Objective(nn.Module):
+    """A model's loss as a module: what data parallelism wraps."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        return self.model.loss(inputs, labels)
+
+
 class Loop:
     """Model, optimizer and order: `step(n)` for n = 1, 2, ... is the whole of training."""
 
@@ -41,6 +52,7 @@ class Loop:
         self.config, self.model, self.order, self.stream = config, model, order, stream
         self.length, self.micro = length, micro
         self.optimizer = AdamW(model, config.optimizer)
+        self.objective = distributed.data_parallel(Objective(model))
         self.device = model.embedding.device
 
     def step(self, n: int) -> Measured:
@@ -50,11 +62,12 @@ class Loop:
         tokens = tokens.to(self.device, non_blocking=True)
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
-        for part in torch.split(tokens, self.micro):
-            share = self.model.loss(part[:, :-1], part[:, 1:]) * (len(part) / self.order.batch)
-            share.backward()  # type: ignore[no-untyped-call]
-            loss += share.detach()
-        distributed.sum_in_place([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
+        *parts, last = torch.split(tokens, self.micro)
+        with distributed.accumulating(self.objective):
+            for part in parts:
+                loss += self._backward(part, len(part) / len(tokens))
+        loss += self._backward(last, len(last) / len(tokens))
+        loss = distributed.add_up(loss) / distributed.world_size()
         norm = self.optimizer.gradient_norm()
         healthy = loss.isfinite() & norm.isfinite()
         lr, decay = schedule.lr(n, self.config.schedule), schedule.weight_decay(n, self.config.schedule)
@@ -62,6 +75,12 @@ class Loop:
         self.optimizer.step(lr, decay, norm, healthy)
         self.model.requantize()
         return Measured(n, loss, norm, probe.measure(tokens[:1, :-1]) if probe else None)
+
+    def _backward(self, part: Tensor, weight: float) -> Tensor:
+        """Add the gradient of `weight` times the loss of a micro-batch (b, T + 1); that loss, weighted, a scalar."""
+        loss: Tensor = self.objective(part[:, :-1], part[:, 1:]) * weight
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def _probes(self, n: int) -> bool:
         """Whether this process measures step n: what is measured is equal on all ranks."""
@@ -102,3 +121,13 @@ class Loop:
         torch.set_rng_state(optimizer["random.cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(optimizer["random.cuda"], self.device)
+
+    def share(self) -> None:
+        """Give all ranks the state of rank 0, bit for bit, and exchange gradients once, for torch to lay them out."""
+        if distributed.world_size() == 1:
+            return
+        model, optimizer = self.model_state(), self.optimizer_state()
+        distributed.copy_from_writer([*model.values(), *optimizer.values()])
+        self.load(model, optimizer)
+        self._backward(torch.from_numpy(rows(self.stream, np.arange(self.micro), self.length)).to(self.device), 0.0)
+        self.optimizer.zero_grad()

@@ -1,12 +1,14 @@
 """`train run`: verify the data set, settle the config, resume, train, finish. The only writer under runs/.
 
-Every rank walks through this together; rank 0 alone holds the lock, writes and speaks.
+Every rank walks through this together; rank 0 alone verifies, holds the lock, reads and writes the run, and speaks.
+Other hosts need the data set and nothing of the run.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from platform import node
 from typing import Any
 
 import torch
@@ -42,69 +44,84 @@ class Request:
     device: str = "auto"
     restart: bool = False
     tensorboard: bool = False
+    elastic: bool = False  # go on though the number of processes is another
 
 
 def run(request: Request, stop: Stop) -> None:
     """Train as asked. ValueError says in a line what is wrong; Interrupted and TooManyAnomalies where it stopped."""
-    manifest = verified(request.data, stop)
-    settings = config.apply_settings(config.preset(request.preset), request.settings)
-    settings = config.with_vocabulary(settings, manifest.tokenizer.vocab_size)
-    order = Order(manifest.id, settings.seed, manifest.splits["train"].sequences, settings.batch.sequences)
-    target = last_step(settings, order, request.steps)
-    folder, console = RunFolder(request.run), Console(distributed.is_writer())
-    with distributed.joined(), folder.lock() if distributed.is_writer() else nullcontext():
-        stored = None if request.restart or not folder.exists() else folder.facts()
-        facts = settled(request, settings, manifest, stored)
-        loop = built(facts, order, request.data, manifest)
-        facts = replace(facts, runtime=replace(facts.runtime, micro=loop.micro))
-        distributed.barrier()  # all have read what rank 0 may change from here on
-        if request.restart and distributed.is_writer():
-            folder.restart()
-        point = resume_point(folder, console)
-        tokenizer = load_tokenizer(request.data / TOKENIZER, manifest.tokenizer.sha256)
-        validation = open_stream(request.data, manifest, "val") if "val" in manifest.splits else None
-        logs = Logs(folder)
-        training = Training(folder, facts, loop, logs, validation, tokenizer, console, stop)
-        training.resume(point)
-        distributed.barrier()  # all have read the logs, to which rank 0 adds from here on
-        if not training.has_work(target):
-            console.say(
-                f"{folder.path}: step {training.step:,} is done and saved; nothing left to do up to step {target:,}"
-            )
-            return
-        if request.tensorboard and distributed.is_writer():
-            logs.sinks.append(TensorBoard(folder.path / "tensorboard", training.step + 1))
-        entry = start_entry(request, facts, stored, training.step, target)
-        if distributed.is_writer():
-            folder.write_facts(facts)
-            folder.begin(tokenizer.model)
-            folder.write_start(entry, new=True)
-        for line in announcement(request, facts, loop, manifest, training.step, target):
-            console.say(line)
-        outcome = "failed"
-        try:
-            training.run(target)
-            outcome = "done"
-        except Interrupted:
-            outcome = "interrupted"
-            raise
-        except TooManyAnomalies:
-            outcome = "stopped on anomalies"
-            raise
-        finally:
-            if distributed.is_writer():
-                folder.write_start(
-                    {**entry, "ended": utc_now(), "last_step": training.step, "outcome": outcome}, new=False
+    with distributed.joined():
+        manifest = verified(request.data, stop)
+        settings = config.apply_settings(config.preset(request.preset), request.settings)
+        settings = config.with_vocabulary(settings, manifest.tokenizer.vocab_size)
+        order = Order(manifest.id, settings.seed, manifest.splits["train"].sequences, settings.batch.sequences)
+        target = last_step(settings, order, request.steps)
+        folder, console = RunFolder(request.run), Console(distributed.is_writer())
+        with folder.lock() if distributed.is_writer() else nullcontext():
+            anew = request.restart and not distributed.is_restarted()  # torchrun goes on with what --restart has begun
+            stored = folder.facts() if distributed.is_writer() and folder.exists() and not anew else None
+            facts = distributed.from_writer(lambda: settled(request, settings, manifest, stored))
+            loop = built(facts, order, request.data, manifest)
+            facts = replace(facts, runtime=replace(facts.runtime, micro=loop.micro))
+            if anew and distributed.is_writer():
+                folder.restart()
+            point = resume_point(folder, console) if distributed.is_writer() else None
+            tokenizer = load_tokenizer(request.data / TOKENIZER, manifest.tokenizer.sha256)
+            validation = open_stream(request.data, manifest, "val") if "val" in manifest.splits else None
+            logs = Logs(folder)
+            training = Training(folder, facts, loop, logs, validation, tokenizer, console, stop)
+            training.resume(point)
+            if not training.has_work(target):
+                console.say(
+                    f"{folder.path}: step {training.step:,} is done and saved; nothing left to do up to step {target:,}"
                 )
-                console.say(leave_report(folder.path))
-        console.say(f"{folder.path}: done: step {training.step:,}, saved in {checkpoint.name_of(training.step)}")
+                return
+            if request.tensorboard and distributed.is_writer():
+                logs.sinks.append(TensorBoard(folder.path / "tensorboard", training.step + 1))
+            entry = start_entry(request, facts, stored, training.step, target)
+            if distributed.is_writer():
+                folder.write_facts(facts)
+                folder.begin(tokenizer.model)
+                folder.write_start(entry, new=True)
+            for line in announcement(request, facts, stored, loop, manifest, training.step, target):
+                console.say(line)
+            carry_out(training, target, entry)
+            console.say(f"{folder.path}: done: step {training.step:,}, saved in {checkpoint.name_of(training.step)}")
+
+
+def carry_out(training: Training, target: int, entry: dict[str, Any]) -> None:
+    """Train up to step `target`, and write down in run.json how that ended."""
+    outcome = "failed"
+    try:
+        training.run(target)
+        outcome = "done"
+    except Interrupted:
+        outcome = "interrupted"
+        raise
+    except TooManyAnomalies:
+        outcome = "stopped on anomalies"
+        raise
+    finally:
+        if distributed.is_writer():
+            folder = training.folder
+            folder.write_start({**entry, "ended": utc_now(), "last_step": training.step, "outcome": outcome}, new=False)
+            training.console.say(leave_report(folder.path))
 
 
 def verified(data: Path, stop: Stop) -> Manifest:
-    """The manifest of a data set whose every file has the hash it states. ValueError names each that has not."""
+    """The manifest of a data set whose every file has the hash it states. ValueError names each that has not.
+
+    Of several processes rank 0 hashes; the others see that they have that data set too, wherever they run.
+    """
     manifest = load_manifest(data)
-    if not distributed.is_writer():
-        return manifest
+    if distributed.is_writer():
+        check_hashes(data, manifest, stop)
+    if (verified_id := distributed.from_writer(lambda: manifest.id)) != manifest.id:
+        raise ValueError(f"{data}: is data set {manifest.id} on {node()}, and {verified_id} where rank 0 runs")
+    return manifest
+
+
+def check_hashes(data: Path, manifest: Manifest, stop: Stop) -> None:
+    """ValueError names each file that has not the hash that the manifest states."""
 
     def leave_at_a_signal(chunk: memoryview) -> None:
         if stop:
@@ -114,7 +131,6 @@ def verified(data: Path, stop: Stop) -> Manifest:
     if problems:
         named = "; ".join(f"{data / problem.file}: {problem.problem}" for problem in problems)
         raise ValueError(f"{named}; nothing trains on a damaged data set: python -m prep repair {data}")
-    return manifest
 
 
 def last_step(settings: Config, order: Order, steps: int | None) -> int:
@@ -143,6 +159,9 @@ def settled(request: Request, settings: Config, manifest: Manifest, stored: Fact
         micro=settings.batch.micro or stored.runtime.micro,
         world_size=world_size,
     )
+    if request.elastic and world_size != stored.runtime.world_size:
+        asked = replace(asked, micro=settings.batch.micro)  # found anew: each process has another share of the batch
+        stored = replace(stored, runtime=replace(stored.runtime, micro=asked.micro, world_size=world_size))
     facts = Facts(settings, manifest.id, length, asked)
     require_same(stored.identity(), facts.identity(), request.run)
     return facts
@@ -182,17 +201,13 @@ def resume_point(folder: RunFolder, console: Console) -> Path | None:
     def aside(damaged: Path, problem: str) -> None:
         console.say(f"{damaged} is damaged ({problem}); moved to {checkpoint.set_aside(damaged).name}")
 
-    if distributed.is_writer():
-        checkpoint.remove_partial(folder.checkpoints)
-        point = checkpoint.newest(folder.checkpoints, aside)
-    distributed.barrier()
-    return point if distributed.is_writer() else checkpoint.newest(folder.checkpoints, lambda folder, problem: None)
+    checkpoint.remove_partial(folder.checkpoints)
+    return checkpoint.newest(folder.checkpoints, aside)
 
 
 def start_entry(request: Request, facts: Facts, stored: Facts | None, first: int, target: int) -> dict[str, Any]:
     """One entry of run.json. `changed` lists the settings that differ from the start before: {name: [before, now]}."""
-    before = config.flatten(config.to_dict(stored.config)) if stored else {}
-    now = config.flatten(config.to_dict(facts.config))
+    before, now = settings_of(stored) if stored else {}, settings_of(facts)
     return {
         "started": utc_now(),
         **provenance(PACKAGES),
@@ -205,7 +220,14 @@ def start_entry(request: Request, facts: Facts, stored: Facts | None, first: int
     }
 
 
-def announcement(request: Request, facts: Facts, loop: Loop, manifest: Manifest, first: int, target: int) -> list[str]:
+def settings_of(facts: Facts) -> dict[str, Any]:
+    """Flat: all that is set, and all that the runtime has resolved."""
+    return config.flatten({**config.to_dict(facts.config), "runtime": runtime.to_dict(facts.runtime)})
+
+
+def announcement(
+    request: Request, facts: Facts, stored: Facts | None, loop: Loop, manifest: Manifest, first: int, target: int
+) -> list[str]:
     """What a run says before its first step."""
     c, r = facts.config, facts.runtime
     name = torch.cuda.get_device_name() if r.device == "cuda" else processor()
@@ -222,4 +244,7 @@ def announcement(request: Request, facts: Facts, loop: Loop, manifest: Manifest,
     ]
     if "val" not in manifest.splits:
         lines.insert(-1, "no validation split: nothing is evaluated")
+    if stored and stored.runtime.world_size != r.world_size:
+        before = stored.runtime.world_size
+        lines.insert(-1, f"elastic    processes: {before} before, {r.world_size} now: same order, but other bits")
     return lines

@@ -131,7 +131,10 @@ def require_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], run: Path
     odd = [name for name in (*stored, *(wanted.keys() - stored.keys())) if stored.get(name) != wanted.get(name)]
     if odd:
         listed = "; ".join(f"{name} is {stored.get(name)} in this run and {wanted.get(name)} now" for name in odd)
-        raise ValueError(f"{run}: {listed}: that would be another run: name another --run, or give --restart")
+        way_out = "name another --run, or give --restart"
+        if set(odd) == {"runtime.world_size"}:
+            way_out += ", or --elastic to go on with the same order of sequences and other bits"
+        raise ValueError(f"{run}: {listed}: that would be another run: {way_out}")
 
 
 def _text(value: Mapping[str, Any]) -> bytes:

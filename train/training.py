@@ -56,15 +56,26 @@ class Training:
         self.flops_per_token = runtime.flops_per_token(self.config.model, facts.sequence_length)
 
     def resume(self, point: Path | None) -> None:
-        """Take over a verified checkpoint, or start at step 0. ValueError when it or the logs do not fit this run."""
+        """Take over a verified checkpoint, or start at step 0. ValueError when it or the logs do not fit this run.
+
+        Rank 0 reads, and the others have it from there: they need no access to the run.
+        """
+        found = distributed.from_writer(lambda: self._read_state(point))
+        self.step, anomalies, self.logs.evaluated, self.logs.sampled = found
+        self.anomalies.load_state_dict(anomalies)
+        self.saver.last_step = self.step
+        self.loop.share()
+
+    def _read_state(self, point: Path | None) -> tuple[int, dict[str, Any], int, int]:
         if point is not None:
             found = checkpoint.load(point)
             if found.state["data_id"] != self.facts.data_id:
                 raise ValueError(f"{point}: belongs to data set {found.state['data_id']}, not {self.facts.data_id}")
             self.loop.load(found.model, found.optimizer)
             self.anomalies.load_state_dict(found.state["anomalies"])
-            self.step = self.saver.last_step = found.step
+            self.step = found.step
         self.logs.examine(self.step, self.anomalies.recorded)
+        return self.step, self.anomalies.state_dict(), self.logs.evaluated, self.logs.sampled
 
     def has_work(self, target: int) -> bool:
         return self.step < target or self._evaluation_due() or self._samples_due()

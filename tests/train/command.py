@@ -30,6 +30,7 @@ TINY = {
     "probe.every": 6,
 }
 
+Faults = Iterable[Sequence[object]]
 KillAt = tuple[Path, int, float]  # so many seconds after this log has so many lines
 
 
@@ -40,6 +41,12 @@ class Done:
     code: int
     out: str
     err: str
+
+
+def tiny(data: Path, run: Path, *args: object, settings: dict[str, object] | None = None) -> list[object]:
+    """The arguments of `train run --preset tiny` with the settings TINY, and `settings` on top."""
+    chosen = [f"--set={name}={value}" for name, value in {**TINY, **(settings or {})}.items()]
+    return ["run", "--preset", "tiny", "--device", "cpu", "--data", data, "--run", run, *chosen, *args]
 
 
 class Command:
@@ -55,20 +62,33 @@ class Command:
         )
         self._folder = tempfile.TemporaryDirectory()
 
-    def __call__(self, *args: object, faults: Iterable[Sequence[object]] = (), kill_at: KillAt | None = None) -> Done:
+    def __call__(self, *args: object, faults: Faults = (), kill_at: KillAt | None = None) -> Done:
         """Run `python -m train ARGS`; and SIGKILL it or put faults into it (server.FAULTS)."""
+        return self.ranks([faults], *args, kill_at=kill_at)[0]
+
+    def ranks(
+        self, faults: Sequence[Faults], *args: object, kill_at: KillAt | None = None, seconds: float = 60
+    ) -> list[Done]:
+        """The same as several processes, each with its faults, as torchrun starts them; killed after so many seconds.
+
+        What torchrun itself does when one of them ends it does not do.
+        """
         assert self._server.stdin and self._server.stdout
-        out, err = Path(self._folder.name) / "out", Path(self._folder.name) / "err"
+        folder = Path(self._folder.name)
         request = {
             "args": [str(a) for a in args],
-            "faults": [list(fault) for fault in faults],
+            "ranks": [[list(fault) for fault in each] for each in faults],
             "kill_at": [str(kill_at[0]), *kill_at[1:]] if kill_at else None,
-            "out": str(out),
-            "err": str(err),
+            "seconds": seconds,
+            "out": str(folder / "out"),
+            "err": str(folder / "err"),
         }
         print(json.dumps(request), file=self._server.stdin, flush=True)
-        code = json.loads(self._server.stdout.readline())
-        return Done(code, out.read_text(), err.read_text())
+        codes = json.loads(self._server.stdout.readline())
+        return [
+            Done(code, (folder / f"out-{rank}").read_text(), (folder / f"err-{rank}").read_text())
+            for rank, code in enumerate(codes)
+        ]
 
     def run(
         self,
@@ -76,13 +96,11 @@ class Command:
         run: Path,
         *args: object,
         settings: dict[str, object] | None = None,
-        faults: Iterable[Sequence[object]] = (),
+        faults: Faults = (),
         kill_at: KillAt | None = None,
     ) -> Done:
         """`train run --preset tiny` with the settings TINY, and `settings` on top."""
-        chosen = [f"--set={name}={value}" for name, value in {**TINY, **(settings or {})}.items()]
-        command = ["run", "--preset", "tiny", "--device", "cpu", "--data", data, "--run", run, *chosen, *args]
-        return self(*command, faults=faults, kill_at=kill_at)
+        return self(*tiny(data, run, *args, settings=settings), faults=faults, kill_at=kill_at)
 
     def close(self) -> None:
         assert self._server.stdin

@@ -1,4 +1,7 @@
-"""`python -m train` with faults (server.FAULTS) on one rank: python -m tests.train.faulty RANK FAULTS ARGS..."""
+"""`python -m train` with faults (server.FAULTS) on one rank, until torchrun restarts it.
+
+python -m tests.train.faulty RANK FAULTS ARGS...
+"""
 
 import json
 import os
@@ -10,7 +13,7 @@ from train.cli import main
 
 if __name__ == "__main__":
     rank, faults, *arguments = sys.argv[1:]
-    if os.environ["RANK"] == rank:
+    if os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         for name, *values in json.loads(faults):
             FAULTS[name](*values)
     sys.argv[1:] = arguments

@@ -10,15 +10,18 @@ import signal
 import sys
 import time
 import traceback
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._inductor.config  # what a first call would import, imported once
+from torch.distributed import TCPStore
 
 import train.report.run  # noqa: F401
 from shared import manifest
 from shared.stop import run_cli
-from train import anomalies, checkpoint, evaluate, loop, model, run, runtime, samples, trained, training
+from train import anomalies, checkpoint, distributed, evaluate, loop, model, run, runtime, samples, trained, training
 from train.cli import main
 
 torch.set_num_threads(1)
@@ -83,6 +86,18 @@ def signal_in(place: str, n: int, *numbers: int) -> None:
         return real(*arguments, **named)
 
     setattr(owner, name, entered)
+
+
+def signal_launcher(step: int, number: int) -> None:
+    """Send a signal to the process that started this one, when this step begins."""
+    real = loop.Loop.step
+
+    def begun(self: Any, n: int) -> Any:
+        if n == step:
+            os.kill(os.getppid(), number)
+        return real(self, n)
+
+    loop.Loop.step = begun  # type: ignore[method-assign]
 
 
 def poison(*steps: int) -> None:
@@ -170,6 +185,24 @@ def threads(number: int) -> None:
     torch.set_num_threads(number)
 
 
+def elsewhere(data: str) -> None:
+    """Another host, where the data set's folder holds that of `data`."""
+    real = run.load_manifest
+    run.load_manifest = lambda folder: real(Path(data))  # type: ignore[attr-defined]
+
+
+def slow(seconds: float, patience: float) -> None:
+    """Verifying takes so long, or nobody waits longer than `patience`."""
+    real = run.check_hashes
+
+    def check_hashes(*arguments: Any) -> None:
+        real(*arguments)
+        time.sleep(seconds)
+
+    run.check_hashes = check_hashes
+    distributed.PATIENCE = timedelta(seconds=patience)
+
+
 def report() -> None:
     """No fault: the run ends with its report, as runs do outside the tests."""
     run.leave_report = leave_report
@@ -182,21 +215,26 @@ def without(package: str) -> None:
     sys.modules[package] = None  # type: ignore[assignment]
 
 
-MACHINES = (threads, precision, late, without)
-MISHAPS = (only_val, kill_at, fail_writes, signal_in, poison, spike, draw, short_window, forget)
+MACHINES = (threads, precision, late, without, elsewhere, slow)
+MISHAPS = (only_val, kill_at, fail_writes, signal_in, signal_launcher, poison, spike, draw, short_window, forget)
 FAULTS = {fault.__name__: fault for fault in (report, *MACHINES, *MISHAPS)}
 
 
-def child(request: dict[str, Any]) -> None:
-    """Become the command; never returns."""
+def child(request: dict[str, Any], rank: int, store: TCPStore | None) -> None:
+    """Become the command; never returns. With the launcher's `store` it is one of several processes."""
     code = 1
     try:
-        for fd, path in ((1, request["out"]), (2, request["err"])):
+        if store is not None:  # as torchrun does it
+            os.environ |= {
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(request["ranks"]))},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            }
+        for fd, path in ((1, f"{request['out']}-{rank}"), (2, f"{request['err']}-{rank}")):
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, fd)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.argv = ["python -m train", *request["args"]]
-        for name, *arguments in request["faults"]:
+        for name, *arguments in request["ranks"][rank]:
             FAULTS[name](*arguments)
         run_cli(main, "python -m train")
     except SystemExit as done:
@@ -217,9 +255,9 @@ def lines_in(path: str) -> int:
         return 0
 
 
-def watch(pid: int, kill_at: list[Any] | None) -> int:
-    """Wait for the command, 60 s at most; kill it where that is asked for. Its exit code, or minus the signal."""
-    end = time.monotonic() + 60
+def watch(pid: int, kill_at: list[Any] | None, seconds: float) -> int:
+    """Wait so long for a process; kill it where that is asked for. Its exit code, or minus the signal."""
+    end = time.monotonic() + seconds
     while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
         if kill_at and lines_in(kill_at[0]) >= kill_at[1]:
             time.sleep(kill_at[2])
@@ -235,10 +273,14 @@ def watch(pid: int, kill_at: list[Any] | None) -> int:
 def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            child(request)
-        print(json.dumps(watch(pid, request["kill_at"])), flush=True)
+        ranks = len(request["ranks"])
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks > 1 else None
+        processes = []
+        for rank in range(ranks):
+            processes.append(os.fork())
+            if processes[-1] == 0:
+                child(request, rank, store)
+        print(json.dumps([watch(pid, request["kill_at"], request["seconds"]) for pid in processes]), flush=True)
 
 
 if __name__ == "__main__":
