@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shared.stop import ANOMALIES, DONE, FAILED, INTERRUPTED, Interrupted, Stop, one_line
+from shared.stop import ANOMALIES, DONE, FAILED, Stop, one_line
 
 if TYPE_CHECKING:
     from train.run import Request
@@ -56,6 +56,7 @@ def plan(preset: str, data: Path | None, speed: float | None, settings: tuple[st
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
 @click.option("--restart", is_flag=True, help="throw away what this run has and start anew")
 @click.option("--tensorboard", is_flag=True, help="write the metrics for TensorBoard as well (needs the extra)")
+@click.option("--elastic", is_flag=True, help="go on with another number of processes: same order, other bits")
 def run(
     preset: str,
     data: Path,
@@ -65,6 +66,7 @@ def run(
     device: str,
     restart: bool,
     tensorboard: bool,
+    elastic: bool,
 ) -> int:
     """Train, or go on with a run: the same command again continues from its newest checkpoint.
 
@@ -73,7 +75,7 @@ def run(
     with Stop().listening() as stop:
         from train.run import Request
 
-        return _train(Request(preset, data, path, steps, settings, device, restart, tensorboard), stop)
+        return _train(Request(preset, data, path, steps, settings, device, restart, tensorboard, elastic), stop)
 
 
 @main.command("eval")
@@ -207,21 +209,15 @@ def export(path: Path, name: str, out: Path, variant: str | None) -> None:
 
 
 def _train(request: "Request", stop: Stop) -> int:
-    """Train as asked; the exit code. Of several processes the first alone speaks."""
-    from train.distributed import is_writer
+    """Train as asked; the exit code."""
     from train.run import run as run_training
     from train.training import TooManyAnomalies
 
     try:
         run_training(request, stop)
     except TooManyAnomalies as error:
-        if is_writer():
-            _say_on_stderr(f"error: {error}")
+        _say_on_stderr(f"error: {error}")
         return ANOMALIES
-    except Interrupted:
-        if is_writer():
-            raise
-        return INTERRUPTED
     return DONE
 
 
