@@ -82,7 +82,7 @@ repair: $(CORE) ## make what verify finds bad in DATA anew, each file as its man
 	exec $(PY) -m prep repair '$(DATA)' $(if $(SOURCE),--source '$(SOURCE)') $(ARGS)
 
 # torchrun takes --run for its own, so our arguments stand behind "--".
-TRAIN = $(if $(filter-out 1,$(GPUS)),$(PY) -m torch.distributed.run --nproc-per-node $(GPUS) -m -- train,$(PY) -m train)
+TRAIN = $(if $(filter-out 1,$(GPUS)),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(GPUS) -m -- train,$(PY) -m train)
 
 .PHONY: train
 train: $(CORE) ## train PRESET on DATA as RUN (STEPS to stop earlier, GPUS processes); again to go on

@@ -22,7 +22,11 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """SIGTERM and SIGINT as a flag that a loop looks at between two units of work. A second signal exits at once."""
+    """SIGTERM and SIGINT as a flag that a loop looks at between two units of work. A second signal exits at once.
+
+    Not under torchrun: where a scheduler signals all processes of a job, torchrun passes the same on to its own, who
+    have it twice then. It kills after a while (--shutdown-timeout) whoever goes on.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -36,7 +40,7 @@ class Stop:
             raise Interrupted(message)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
             os._exit(INTERRUPTED)
         self.signal = number
 

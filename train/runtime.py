@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from platform import node
 from typing import Any
 
 import torch
@@ -105,6 +106,11 @@ def prepare(runtime: Runtime, local_rank: int = 0) -> torch.device:
     if runtime.device == "cpu":
         _keep_memory()
     if runtime.device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank + 1} of {node()} has no GPU: this machine shows {torch.cuda.device_count()}; "
+                "start as many processes as each machine has GPUs (torchrun --nproc-per-node, make train GPUS=)"
+            )
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)

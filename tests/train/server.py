@@ -88,13 +88,14 @@ def signal_in(place: str, n: int, *numbers: int) -> None:
     setattr(owner, name, entered)
 
 
-def signal_launcher(step: int, number: int) -> None:
-    """Send a signal to the process that started this one, when this step begins."""
+def signal_job(step: int, number: int) -> None:
+    """Send a signal to this process and to its launcher, when this step begins: as schedulers signal a whole job."""
     real = loop.Loop.step
 
     def begun(self: Any, n: int) -> Any:
         if n == step:
             os.kill(os.getppid(), number)
+            os.kill(os.getpid(), number)
         return real(self, n)
 
     loop.Loop.step = begun  # type: ignore[method-assign]
@@ -216,7 +217,7 @@ def without(package: str) -> None:
 
 
 MACHINES = (threads, precision, late, without, elsewhere, slow)
-MISHAPS = (only_val, kill_at, fail_writes, signal_in, signal_launcher, poison, spike, draw, short_window, forget)
+MISHAPS = (only_val, kill_at, fail_writes, signal_in, signal_job, poison, spike, draw, short_window, forget)
 FAULTS = {fault.__name__: fault for fault in (report, *MACHINES, *MISHAPS)}
 
 

@@ -130,14 +130,14 @@ def test_a_signal_to_one_rank_stops_both_and_the_resume_ends_in_the_same_bytes(
     assert_same_run(run, reference)
 
 
-def test_torchrun_passes_a_signal_on_and_the_resume_ends_in_the_same_bytes(
+def test_a_scheduler_s_signal_stops_a_job_of_torchrun_with_nothing_lost(
     train: Command, data: Path, reference: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    done = torchrun(data, run, [POISON, ("signal_launcher", 7, int(signal.SIGTERM))])
+    done = torchrun(data, run, [POISON, ("signal_job", 7, int(signal.SIGTERM))])
     assert done.returncode != 0
     assert done.stderr.count("with nothing lost; the same command goes on") == 1, done.stderr
-    assert steps_in(run / "checkpoints")[-1] < 24
+    assert 5 < steps_in(run / "checkpoints")[-1] < 24
     assert [each.code for each in ranks(train, data, run, [[], [POISON]])] == [0, 0]
     assert_same_run(run, reference)
 
@@ -157,6 +157,12 @@ def test_torchrun_restarts_after_a_kill_and_the_run_ends_in_the_same_bytes(
     starts = json.loads((run / "run.json").read_bytes())["starts"]
     assert [start["from_step"] for start in starts] == [0, 5]
     assert_same_run(run, unbroken)
+
+
+def test_five_bad_steps_in_a_row_stop_all_with_one_line(train: Command, data: Path, tmp_path: Path) -> None:
+    done = ranks(train, data, tmp_path / "run", [[], [("poison", *range(1, 6))]])
+    assert [each.code for each in done] == [3, 3]
+    assert (done[0].err + done[1].err).count("\n") == 1 and "stopped at step 5" in done[0].err + done[1].err
 
 
 def one_voice(done: list[Done], *says: str, speaker: int = 0) -> None:
