@@ -36,8 +36,17 @@ class Dask:
         self._folder = folder
         self._environment = {**os.environ, "DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE": "False", **variables}
         self._processes: list[subprocess.Popen[bytes]] = []
-        self.scheduler = self._start("scheduler", ROOT, "--port", "0")
+        self._start_scheduler("0")
+
+    def _start_scheduler(self, port: str) -> None:
+        self.scheduler = self._start("scheduler", ROOT, "--port", port)
         self._address = self._wait(self.scheduler, r"Scheduler at: +tcp://(\S+)")
+
+    def restart_scheduler(self) -> None:
+        """Kill it, and start another one at its address, which knows of nothing."""
+        self.scheduler.kill()
+        self.scheduler.wait()
+        self._start_scheduler(self._address.rpartition(":")[2])
 
     @property
     def spec(self) -> str:
