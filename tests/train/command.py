@@ -67,7 +67,7 @@ class Command:
         return self.ranks([faults], *args, kill_at=kill_at)[0]
 
     def ranks(
-        self, faults: Sequence[Faults], *args: object, kill_at: KillAt | None = None, seconds: float = 60
+        self, faults: Sequence[Faults], *args: object, kill_at: KillAt | None = None, seconds: float = 120
     ) -> list[Done]:
         """The same as several processes, each with its faults, as torchrun starts them; killed after so many seconds.
 

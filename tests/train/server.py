@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch._inductor.config  # what a first call would import, imported once
 from torch.distributed import TCPStore
+from torch.nn.parallel import DistributedDataParallel
 
 import train.report.run  # noqa: F401
 from shared import manifest
@@ -204,6 +205,25 @@ def slow(seconds: float, patience: float) -> None:
     distributed.PATIENCE = timedelta(seconds=patience)
 
 
+def once_a_step() -> None:
+    """No fault: fails where a step has exchanged gradients oftener than once, however many micro-batches it has."""
+    real_step, real_forward, exchanges = loop.Loop.step, DistributedDataParallel.forward, 0
+
+    def forward(self: Any, *arguments: Any) -> Any:
+        nonlocal exchanges
+        exchanges += self.require_backward_grad_sync
+        return real_forward(self, *arguments)
+
+    def step(self: Any, n: int) -> Any:
+        nonlocal exchanges
+        exchanges = 0
+        found = real_step(self, n)
+        assert exchanges == 1, f"{exchanges} exchanges in step {n}"
+        return found
+
+    DistributedDataParallel.forward, loop.Loop.step = forward, step  # type: ignore[method-assign]
+
+
 def report() -> None:
     """No fault: the run ends with its report, as runs do outside the tests."""
     run.leave_report = leave_report
@@ -216,7 +236,7 @@ def without(package: str) -> None:
     sys.modules[package] = None  # type: ignore[assignment]
 
 
-MACHINES = (threads, precision, late, without, elsewhere, slow)
+MACHINES = (threads, precision, late, without, elsewhere, slow, once_a_step)
 MISHAPS = (only_val, kill_at, fail_writes, signal_in, signal_job, poison, spike, draw, short_window, forget)
 FAULTS = {fault.__name__: fault for fault in (report, *MACHINES, *MISHAPS)}
 

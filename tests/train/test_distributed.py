@@ -29,7 +29,7 @@ def ranks(
     run: Path,
     faults: Sequence[Faults],
     *args: object,
-    seconds: float = 60,
+    seconds: float = 120,
     **settings: object,
 ) -> list[Done]:
     """`train run` as processes that talk by gloo, as many as there are lists of faults."""
@@ -56,9 +56,9 @@ def torchrun(
 
 @pytest.fixture(scope="module")
 def reference(train: Command, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks, all 24 steps in one go, with a checkpoint of every step."""
+    """Two ranks, all 24 steps in one go, with a checkpoint of every step; they exchange gradients once a step."""
     run = tmp_path_factory.mktemp("two_ranks") / "run"
-    first, second = ranks(train, data, run, [[], [POISON]], **{"checkpoint.every": 1})
+    first, second = ranks(train, data, run, [[("once_a_step",)], [POISON]], **{"checkpoint.every": 1})
     assert (first.code, first.err) == (0, "")
     assert "Ctrl-C is safe" in first.out
     assert (second.code, second.out, second.err) == (0, "", ""), "rank 0 speaks alone"
@@ -215,8 +215,8 @@ def test_a_host_with_another_data_set_is_found_out(train: Command, data: Path, t
 
 
 def test_a_rank_that_keeps_the_others_waiting_too_long_ends_them(train: Command, data: Path, tmp_path: Path) -> None:
-    done = ranks(train, data, tmp_path / "run", [[("slow", 8, 4)], [("slow", 0, 4)]])
-    one_voice(done, "waited 0:00:04 hours", speaker=1)
+    done = ranks(train, data, tmp_path / "run", [[("slow", 14, 7)], [("slow", 0, 7)]])
+    one_voice(done, "waited 0:00:07 hours", speaker=1)
 
 
 def test_another_number_of_processes_is_another_run_unless_elastic(
