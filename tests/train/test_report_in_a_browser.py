@@ -60,10 +60,16 @@ def pages(train: Command, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("pages")
     data = build(folder / "set", train=120, val=10, length=128, texts=[HOSTILE], url='"><script>' + 99 * "long")
     run, twin = folder / NAME, folder / "twin"
-    settings: dict[str, object] = {"model.layers": 3, "probe.every": 2}
+    settings: dict[str, object] = {
+        "model.layers": 3,
+        "probe.every": 4,
+        "sample.every": 12,
+        "eval.every": 6,
+        "checkpoint.every": 0,
+    }
     faults = [("report",), ("short_window", 6, 6.0), ("poison", 7), ("spike", 5.0, 17)]
-    assert train.run(data, run, settings=settings, faults=faults).code == 0
-    assert train.run(data, twin, settings={**settings, "model.quantization": "none"}).code == 0
+    assert train.run(data, run, "--steps", 18, settings=settings, faults=faults).code == 0
+    assert train.run(data, twin, "--steps", 18, settings={**settings, "model.quantization": "none"}).code == 0
     assert train("compare", run, twin, "--out", folder / "compare.html").code == 0
     return {"report": run / "report.html", "compare": folder / "compare.html"}
 
