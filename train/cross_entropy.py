@@ -13,7 +13,6 @@ from train.bitlinear import product
 from train.rows import by_rows, exact_dtype
 
 CHUNK = 4096  # tokens to a product: few, since each adds a whole (V, C) gradient; 4096 x 32,000 logits are 524 MB
-CACHED = 16  # tokens to a softmax for each thread of a CPU: their logits stay in its cache
 
 Softmax = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
@@ -53,7 +52,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         losses, grads_hidden, grad_head = [], [], torch.empty(0)
         for h, y in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):
             logits = product(h, weight.t())  # (chunk, V)
-            each, slope = by_rows(lambda part, to: softmax(part, to, hidden.dtype), logits, y, cached=CACHED)
+            each, slope = by_rows(lambda part, to: softmax(part, to, hidden.dtype), logits, y)
             losses.append(each)
             if not wanted:
                 continue

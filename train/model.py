@@ -126,8 +126,8 @@ class Attention(nn.Module):
         c = self.config
         qkv = self.qkv(x).view(-1, c.heads + 2 * c.kv_heads, c.head_dim)  # (B x T, H + 2G, D)
         qkv = rotate(qkv, rotation, c.heads + c.kv_heads, attention_dtype(x.device, qkv.dtype))
-        qkv = qkv.unflatten(0, x.shape[:2]).transpose(1, 2)
-        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), dim=1)
+        qkv = qkv.view(*x.shape[:2], *qkv.shape[1:]).transpose(1, 2)
+        q, k, v = torch.split(qkv, [c.heads, c.kv_heads, c.kv_heads], dim=1)
         mask = None
         if cache is not None:
             k, v, mask = cache.append(k, v)

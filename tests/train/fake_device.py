@@ -81,7 +81,7 @@ def fake_device(config: Config, length: int, cap: int, patch: pytest.MonkeyPatch
     patch.setattr(bitlinear, "code_dtype", lambda device: torch.bfloat16)
     patch.setattr(bitlinear, "product", product)
     patch.setattr(cross_entropy, "product", product)
-    patch.setattr(rows, "rows_at_once", lambda cached, device: None)
+    patch.setattr(rows, "rows_at_once", len)
     patch.setattr(model, "attention_dtype", lambda device, compute: compute)
     with FakeTensorMode(allow_non_fake_inputs=True), Allocator(cap) as allocator:
         yield FakeDevice(config, length, allocator)

@@ -67,7 +67,7 @@ def test_each_function_and_its_gradient_are_the_formula_in_fp64(
 ) -> None:
     x = torch.randn(m, 12, generator=torch.Generator().manual_seed(seed)).double() * 2.0**power
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "ROWS", at_once)
+        patch.setattr(rows, "rows_at_once", lambda x: at_once)
         got = value_and_gradient(function, x, seed)
     torch.testing.assert_close(got, value_and_gradient(plain, x, seed), rtol=1e-10, atol=1e-10)
 
@@ -79,27 +79,28 @@ def test_how_many_rows_a_cpu_takes_at_once_changes_no_bit(
     x = torch.randn(300, 12).bfloat16()
     found = []
     for at_once in (1, 7, 64, 1000):
-        monkeypatch.setattr(rows, "rows_at_once", lambda cached, device, at_once=at_once: at_once)
+        monkeypatch.setattr(rows, "rows_at_once", lambda x, at_once=at_once: at_once)
         found.append(value_and_gradient(function, x, 1))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-def test_a_cpu_takes_a_cache_full_for_each_thread_and_a_compiler_all() -> None:
+def test_a_cpu_takes_a_cache_full_for_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
     def seen(x: Tensor) -> tuple[Tensor, Tensor]:
         sizes.append(len(x))
         return x, x[:, :1].int()
 
-    x = torch.arange(600.0).view(200, 3)
-    threads = torch.get_num_threads()
+    x, threads = torch.arange(600.0).view(200, 3), torch.get_num_threads()
+    monkeypatch.setattr(rows, "CACHE", 40 * 3 * 4)
     try:
         torch.set_num_threads(2)
-        whole = by_rows(seen, x, cached=40)
+        whole = by_rows(seen, x)
     finally:
         torch.set_num_threads(threads)
     assert sizes == [80, 80, 40]
     assert torch.equal(whole[0], x) and torch.equal(whole[1], x[:, :1].int()) and whole[1].dtype == torch.int32
+    assert [len(part) for part in by_rows(seen, x[:0])] == [0, 0]
 
 
 @pytest.mark.parametrize(("function", "plain"), PAIRS[:2], ids=["norm", "swiglu"])
