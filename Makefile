@@ -174,6 +174,7 @@ lint: $(TEST) ## ruff and mypy
 .PHONY: bench
 bench: $(BENCH) ## measure against what one would use instead (ARGS=profile: where the time goes); on ../shared/corpus if present
 	exec $(PY) -m tests.bench $(ARGS)
+	exec $(PY) -m train bench --preset $(PRESET)
 
 .PHONY: clean
 clean: ## remove caches and .venv; never data/ or runs/

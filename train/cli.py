@@ -221,6 +221,23 @@ def _train(request: "Request", stop: Stop) -> int:
     return DONE
 
 
+@main.command()
+@click.option("--preset", default="95m", show_default=True, metavar="95m|tiny", help="the model and its batch")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--rounds", type=COUNT, default=3, show_default=True, help="of which the medians are taken")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="as for run")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object and nothing else")
+def bench(preset: str, device: str, rounds: int, settings: tuple[str, ...], as_json: bool) -> None:
+    """Measure the speed of training: BitNet, its full-precision twin, a textbook BitLinear. Nothing is written."""
+    from train import config
+    from train.bench import bench as measure
+    from train.bench import table
+    from train.metrics import to_json
+
+    found = measure(config.apply_settings(config.preset(preset), settings), device, rounds)
+    click.echo(to_json(found) if as_json else "\n".join(table(found)))
+
+
 def _say_on_stderr(line: str) -> None:
     sys.stdout.flush()
     print(one_line(line), file=sys.stderr, flush=True)
