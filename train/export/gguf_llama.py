@@ -48,7 +48,15 @@ def answer(file: str, result: str) -> None:
     question = json.load(sys.stdin)
     longest = max(map(len, question["tokens"]))
     llama = Llama(
-        file, n_ctx=longest, n_batch=longest, logits_all=True, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, verbose=False
+        file,
+        n_ctx=longest,
+        n_batch=longest,
+        n_threads=1,  # several would wait for each other on a busy machine
+        n_threads_batch=1,
+        logits_all=True,
+        type_k=GGML_TYPE_F32,
+        type_v=GGML_TYPE_F32,
+        verbose=False,
     )
     logits = []
     for tokens in question["tokens"]:

@@ -34,6 +34,7 @@ FRAGMENTS = ["<s>", "</s>", "<unk>", "<0x0A>", "\n", "\r\n", "\t", " ", "  ", "â
 
 @pytest.fixture(scope="module")
 def small() -> Source:
+    torch.set_num_threads(1)
     return source()
 
 
