@@ -37,6 +37,7 @@ def comparison_page(found: "Comparison", out: Path | None) -> tuple[Path | None,
     a, b = found.pairs[0]
     place = out or a.path.parent / f"compare-{a.path.resolve().name}-{b.path.resolve().name}.html"
     command = f"python -m train compare {a.path} {b.path}"
+    command += "".join(f" --pair {one.path} {other.path}" for one, other in found.pairs[1:])
     try:
         with needing_packages(command):
             from train.report.comparison import write_comparison
