@@ -8,11 +8,13 @@ has found it tells the others. What ends one process ends all, with one line on 
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -67,7 +69,7 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = None
     try:
-        store = next(rendezvous("env://", timeout=PATIENCE))[0]
+        store = _of_this_start(next(rendezvous("env://", timeout=PATIENCE))[0])
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=PATIENCE)
         _groups.append(dist.group.WORLD)
         yield
@@ -82,10 +84,34 @@ def joined() -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def _of_this_start(store: Store) -> Store:
+    """`store` under a prefix that no earlier start of this job has used. All ranks must be here.
+
+    torchrun keeps its store over restarts, and with it what the dead have left there: a process that comes a moment
+    before rank 0 would take the address of the one before for its. (Counting restarts is no way out: hosts count their
+    own.) So each says a word that nobody has said before, and rank 0 answers that word with the prefix.
+    """
+    mine = uuid4().hex
+    if not is_writer():
+        store.set(f"word/{rank()}", mine)
+        prefix = store.get(f"answer/{mine}").decode()  # waits
+        store.set(f"heard/{prefix}/{rank()}", "")
+        return dist.PrefixStore(prefix, store)
+    deadline, answered = time.monotonic() + PATIENCE.total_seconds(), set()
+    while not store.check([f"heard/{mine}/{r}" for r in range(1, world_size())]):
+        for r in range(1, world_size()):
+            if store.check([key := f"word/{r}"]) and (word := store.get(key).decode()) not in answered:
+                store.set(f"answer/{word}", mine)
+                answered.add(word)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError("timed out")
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
+
+
 def _is_first_to_end(store: Store) -> bool:
-    key = "first to end of start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        return bool(store.compare_set(key, "", str(rank())) == str(rank()).encode())
+        return bool(store.compare_set("first to end", "", str(rank())) == str(rank()).encode())
     except RuntimeError:  # gone with the process that kept it
         return True
 

@@ -130,7 +130,7 @@ def batch(run: Path, data: Path, step: int) -> Tensor:
 
 
 def test_activations_are_those_of_the_checkpoint_on_the_first_sequence_of_the_batch(run: Path, data: Path) -> None:
-    torch.set_num_threads(1)
+    runtime.prepare(RunFolder(run).facts().runtime)
     for step in (1, SKIPPED, STEPS):
         model = Model(RunFolder(run).facts().config.model)
         model.load_state_dict({name: torch.from_numpy(value) for name, value in checkpoint(run, step).items()})
