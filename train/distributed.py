@@ -19,7 +19,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -96,7 +96,7 @@ def _of_this_start(store: Store) -> Store:
         store.set(f"word/{rank()}", mine)
         prefix = store.get(f"answer/{mine}").decode()  # waits
         store.set(f"heard/{prefix}/{rank()}", "")
-        return dist.PrefixStore(prefix, store)
+        return PrefixStore(prefix, store)
     deadline, answered = time.monotonic() + PATIENCE.total_seconds(), set()
     while not store.check([f"heard/{mine}/{r}" for r in range(1, world_size())]):
         for r in range(1, world_size()):
@@ -106,7 +106,7 @@ def _of_this_start(store: Store) -> Store:
         if time.monotonic() > deadline:
             raise dist.DistStoreError("timed out")
         time.sleep(0.01)
-    return dist.PrefixStore(mine, store)
+    return PrefixStore(mine, store)
 
 
 def _is_first_to_end(store: Store) -> bool:
