@@ -148,7 +148,9 @@ def test_a_worker_with_other_code_is_refused_by_name(
     with (code / "prep" / "encoder.py").open("a") as file:
         file.write("# another version\n")
     others = dask.start_workers(1, code)
-    with stopped(pair), building(arguments_on(dask, source, tmp_path / "out"), PATIENT) as build:
+    # Steps that Dask has given to the stopped workers go to the other one after a while.
+    hurried = {"PATIENCE": 1.0, "TIMES_THE_SLOWEST": 0.0}
+    with stopped(pair), building(arguments_on(dask, source, tmp_path / "out"), hurried) as build:
         line = one_line_error(build.finish(), 1)
     others[0].kill()
     assert "Dask worker tcp://127.0.0.1:" in line and "another prep's code" in line and "same commit" in line
