@@ -26,7 +26,9 @@ JOB_OPTIONS = [
     click.option("--out", required=True, type=FOLDER, help="folder of the data set; built as OUT.partial"),
     click.option("--train-sequences", type=COUNT, default=1_920_000, show_default=True),
     click.option("--val-sequences", type=click.IntRange(min=0), default=10_240, show_default=True),
-    click.option("--seq-len", type=COUNT, default=1024, show_default=True, help="tokens a sequence predicts"),
+    click.option(
+        "--seq-len", "sequence_length", type=COUNT, default=1024, show_default=True, help="tokens a sequence predicts"
+    ),
     click.option("--shard-tokens", type=COUNT, default=1 << 26, show_default=True, help="tokens a shard, but the last"),
     click.option("--order", type=click.Choice(["shuffled", "listed"]), default="shuffled", show_default=True),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of order and holdout"),
@@ -37,7 +39,7 @@ JOB_OPTIONS = [
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `plan` and `tokenize` both take: everything that decides what is built, and where."""
+    """What `plan` and `tokenize` both take: what is built, and where. As `shape` come the fields of `Settings`."""
     for option in reversed(JOB_OPTIONS):
         command = option(command)
     return command
@@ -64,19 +66,7 @@ def main() -> None:
     help="encode on the workers of this Dask scheduler; --workers says how many to count on [default: those there]",
 )
 def tokenize(
-    source: str,
-    tokenizer: str,
-    out: Path,
-    train_sequences: int,
-    val_sequences: int,
-    seq_len: int,
-    shard_tokens: int,
-    order: str,
-    seed: int,
-    workers: int | None,
-    unit_bytes: int,
-    restart: bool,
-    executor: str | None,
+    source: str, tokenizer: str, out: Path, workers: int | None, restart: bool, executor: str | None, **shape: Any
 ) -> None:
     """Build a data set of exactly the tokens a job consumes. The same command goes on after an interruption."""
     from shared.stop import Stop
@@ -87,11 +77,10 @@ def tokenize(
         from prep.sources import tokenizer_file
         from shared.tokenizer import load_tokenizer
 
-        settings = Settings(train_sequences, val_sequences, seq_len, shard_tokens, order, seed, unit_bytes)
         manifest = build(
             source,
             load_tokenizer(tokenizer_file(tokenizer, stop=stop), pinned_sha256(tokenizer)),
-            settings,
+            Settings(**shape),
             out,
             workers=workers or (0 if executor else min(8, _cores())),
             restart=restart,
@@ -115,19 +104,7 @@ def tokenize(
 @job_options
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object and nothing else")
 def plan(
-    source: str,
-    tokenizer: str,
-    out: Path,
-    train_sequences: int,
-    val_sequences: int,
-    seq_len: int,
-    shard_tokens: int,
-    order: str,
-    seed: int,
-    workers: int | None,
-    unit_bytes: int,
-    restart: bool,
-    as_json: bool,
+    source: str, tokenizer: str, out: Path, workers: int | None, restart: bool, as_json: bool, **shape: Any
 ) -> None:
     """Tell what tokenize with the same options will read, download, write and take. Changes nothing."""
     from shared.stop import Stop
@@ -142,10 +119,9 @@ def plan(
             if not as_json:
                 click.echo(line)
 
-        settings = Settings(train_sequences, val_sequences, seq_len, shard_tokens, order, seed, unit_bytes)
         model = load_tokenizer(tokenizer_file(tokenizer, stop=stop, say=say), pinned_sha256(tokenizer))
         many = workers or min(8, _cores())
-        forecast = plan_(source, model, settings, out, workers=many, restart=restart, stop=stop, say=say)
+        forecast = plan_(source, model, Settings(**shape), out, workers=many, restart=restart, stop=stop, say=say)
     for line in [json.dumps(forecast.json())] if as_json else forecast.lines():
         click.echo(line)
 
