@@ -6,6 +6,10 @@ bitnet graph: a learnable RMSNorm before attention and before the FFN, a paramet
 down projection ("The Era of 1-bit LLMs: Training Tips, Code and FAQ", Fig. 3).
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,6 +87,19 @@ class Model(nn.Module):
 
     def bitlinears(self) -> list[BitLinear]:
         return [module for module in self.modules() if isinstance(module, BitLinear)]
+
+    def projections(self) -> "Iterator[Projection]":
+        """The seven matrices of each layer, fused ones apart, in the order of the forward pass."""
+        for i, block in enumerate(self.layers):
+            assert isinstance(block, Block)
+            for linear, names in (
+                (block.attention.qkv, ("q", "k", "v")),
+                (block.attention.output, ("o",)),
+                (block.ffn.gate_up, ("gate", "up")),
+                (block.ffn.down, ("down",)),
+            ):
+                for name, size, stop in zip(names, linear.segments, accumulate(linear.segments), strict=True):
+                    yield Projection(i, name, linear, slice(stop - size, stop))
 
     def num_parameters(self) -> dict[str, int]:
         """Counts by group; the embedding is also the head and counts once."""
@@ -167,10 +184,36 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, segments: tuple[int, ...], compute: torch.dtype) -> None:
         super().__init__()
-        self.weight, self.compute = nn.Parameter(torch.empty(sum(segments), in_features)), compute
+        self.segments, self.compute = segments, compute
+        self.weight = nn.Parameter(torch.empty(sum(segments), in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.compute), self.weight.to(self.compute))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A matrix with a scale of its own: those `rows` of the weight of `linear`."""
+
+    layer: int  # from 0
+    name: str  # q, k, v, o, gate, up or down
+    linear: BitLinear | Linear
+    rows: slice
+
+    @property
+    def weight(self) -> Tensor:
+        """(out features, in features), full precision."""
+        return self.linear.weight[self.rows]
+
+    @property
+    def codes(self) -> Tensor | None:
+        """(out features, in features) of -1, 0, 1; None for the twin's."""
+        return self.linear.codes[self.rows] if isinstance(self.linear, BitLinear) else None
+
+    @property
+    def scale(self) -> Tensor | None:
+        """(1,); None for the twin's."""
+        return self.linear.scale[self.rows][:1] if isinstance(self.linear, BitLinear) else None
 
 
 class Cache:

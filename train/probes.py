@@ -25,7 +25,6 @@ All is computed on the device by rank 0 alone, which holds what all ranks hold, 
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +32,8 @@ import torch
 from torch import Tensor
 
 from train.bitlinear import BitLinear, quantize_activations
-from train.model import Block, Linear, Model
+from train.model import Model, Projection
 from train.runtime import eager
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One weight of the model, and its projections in the order in which their rows are fused in it."""
-
-    layer: int
-    linear: BitLinear | Linear
-    rows: dict[str, int]  # projection: out features
 
 
 @dataclass(frozen=True)
@@ -71,54 +61,39 @@ class Probe:
         """Keep what the update will overwrite: weights and codes, and the norms of gradients that it scales."""
         self._began, self._model = time.monotonic(), model
         self._before = [
-            (matrix, matrix.linear.weight.clone(), _codes(matrix.linear), gradient_norms(matrix))
-            for matrix in matrices(model)
+            (matrix, matrix.weight.clone(), None if matrix.codes is None else matrix.codes.clone(), grad_norm(matrix))
+            for matrix in model.projections()
         ]
 
     @torch.no_grad()
     def measure(self, tokens: Tensor) -> Readings:
         """After the update. `tokens` (B, T) int64 are the inputs whose activations are looked at."""
         seen = activations(self._model, tokens)
-        found: dict[tuple[int, str], dict[str, Tensor]] = {}
-        for matrix, weight, codes, grad_norms in self._before:
-            first = 0
-            for projection, count in matrix.rows.items():
-                part = slice(first, first + count)
-                found[matrix.layer, projection] = {
-                    **({} if codes is None else of_codes(matrix.linear, codes, part)),
-                    **seen[matrix.linear],
-                    **of_weights(matrix.linear.weight[part], weight[part]),
-                    "grad_norm": grad_norms[projection],
-                }
-                first += count
+        found = {
+            (matrix.layer, matrix.name): {
+                **({} if codes is None else of_codes(matrix, codes)),
+                **seen[matrix.linear],
+                **of_weights(matrix.weight, weight),
+                "grad_norm": norm,
+            }
+            for matrix, weight, codes, norm in self._before
+        }
         self._before = []
         values = torch.stack([torch.stack([each.float() for each in row.values()]) for row in found.values()])
         names = list(next(iter(found.values())))
         return Readings(list(found), names, values, time.monotonic() - self._began)
 
 
-def matrices(model: Model) -> Iterator[Matrix]:
-    """All that are, or in the twin would be, ternary; in the order of the forward pass."""
-    c = model.config
-    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    for i, block in enumerate(model.layers):
-        assert isinstance(block, Block)
-        yield Matrix(i, block.attention.qkv, {"q": queries, "k": keys, "v": keys})
-        yield Matrix(i, block.attention.output, {"o": c.hidden})
-        yield Matrix(i, block.ffn.gate_up, {"gate": c.ffn, "up": c.ffn})
-        yield Matrix(i, block.ffn.down, {"down": c.hidden})
-
-
-def of_codes(linear: BitLinear | Linear, before: Tensor, part: slice) -> dict[str, Tensor]:
-    """Of some rows of codes (N, K) now and before an update, which share one scale: scalars."""
-    assert isinstance(linear, BitLinear)
-    codes = linear.codes[part]
+def of_codes(matrix: Projection, before: Tensor) -> dict[str, Tensor]:
+    """Of codes (N, K) now and before an update, which share one scale: scalars."""
+    codes, scale = matrix.codes, matrix.scale
+    assert codes is not None and scale is not None
     return {
         "minus": _share(codes == -1),
         "zero": _share(codes == 0),
         "plus": _share(codes == 1),
-        "flipped": _share(codes != before[part]),
-        "scale": linear.scale[part][0],
+        "flipped": _share(codes != before),
+        "scale": scale[0],
     }
 
 
@@ -129,12 +104,12 @@ def of_weights(weight: Tensor, before: Tensor) -> dict[str, Tensor]:
     }
 
 
-def gradient_norms(matrix: Matrix) -> dict[str, Tensor]:
-    """The norm of each projection's gradient as it stands: scalars by projection."""
+def grad_norm(matrix: Projection) -> Tensor:
+    """The norm of a projection's gradient as it stands, a scalar."""
     gradient = matrix.linear.weight.grad
     assert gradient is not None, "a probe comes after backward"
-    parts = torch.split(gradient, list(matrix.rows.values()))
-    return {name: torch.linalg.vector_norm(part) for name, part in zip(matrix.rows, parts, strict=True)}
+    norm: Tensor = torch.linalg.vector_norm(gradient[matrix.rows])
+    return norm
 
 
 def activations(model: Model, tokens: Tensor) -> dict[torch.nn.Module, dict[str, Tensor]]:
@@ -148,7 +123,8 @@ def activations(model: Model, tokens: Tensor) -> dict[torch.nn.Module, dict[str,
             codes, _ = quantize_activations(x)
             found[linear]["saturated"] = _share(codes.abs() >= 127)
 
-    hooks = [matrix.linear.register_forward_pre_hook(look) for matrix in matrices(model)]
+    linears = dict.fromkeys(matrix.linear for matrix in model.projections())
+    hooks = [linear.register_forward_pre_hook(look) for linear in linears]
     try:
         with torch.no_grad(), eager(model):
             model.hidden_states(tokens, None)
@@ -156,10 +132,6 @@ def activations(model: Model, tokens: Tensor) -> dict[torch.nn.Module, dict[str,
         for hook in hooks:
             hook.remove()
     return found
-
-
-def _codes(linear: BitLinear | Linear) -> Tensor | None:
-    return linear.codes.clone() if isinstance(linear, BitLinear) else None
 
 
 def _share(mask: Tensor) -> Tensor:

@@ -27,13 +27,21 @@ from torch import Tensor
 
 from shared.sentencepiece_model import pieces, unsafe_reason
 from shared.tokenizer import has_dummy_prefix
-from train.bitlinear import BitLinear
 from train.export.command import Options
 from train.export.source import Source
-from train.model import Block
+from train.model import Block, Model
 
 ARCHITECTURE = "bitnet"
 PROVENANCE = "bitnet_fineweb_edu"  # prefix of our own keys
+NAMES = {
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
 
 
 @dataclass(frozen=True)
@@ -173,33 +181,18 @@ def tensors(source: Source, variant: str) -> Iterator[GGUFTensor]:
             ("ffn_sub_norm", torch.ones(block.ffn.down.weight.shape[1])),
         ):
             yield GGUFTensor(f"blk.{i}.{name}.weight", as_numpy(values), Type.F32)
-        for name, values, scale in matrices(source, block):
-            yield GGUFTensor(f"blk.{i}.{name}.weight", as_numpy(values), stored.matrices)
-            if scale is not None:
-                yield GGUFTensor(f"blk.{i}.{name}.scale", as_numpy(scale), Type.F32)
+    for name, values, scale in matrices(model):
+        yield GGUFTensor(f"{name}.weight", as_numpy(values), stored.matrices)
+        if scale is not None:
+            yield GGUFTensor(f"{name}.scale", as_numpy(scale), Type.F32)
     yield GGUFTensor("output_norm.weight", as_numpy(model.norm.weight), Type.F32)
 
 
-def matrices(source: Source, block: Block) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """The seven matrices of a layer, fused ones taken apart: codes and (1,) scale, or a twin's weights without one."""
-    c = source.config
-    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    for layer, segments in (
-        (block.attention.qkv, {"attn_q": queries, "attn_k": keys, "attn_v": keys}),
-        (block.attention.output, {"attn_output": c.hidden}),
-        (block.ffn.gate_up, {"ffn_gate": c.ffn, "ffn_up": c.ffn}),
-        (block.ffn.down, {"ffn_down": c.hidden}),
-    ):
-        start = 0
-        for name, rows in segments.items():
-            part = slice(start, start + rows)
-            if source.quantized:
-                assert isinstance(layer, BitLinear)
-                yield name, layer.codes[part], layer.scale[part][:1]
-            else:
-                yield name, layer.weight[part], None
-            start += rows
-        assert start == layer.weight.shape[0]
+def matrices(model: Model) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """llama.cpp's name of each matrix, its codes and (1,) scale, or a twin's weights without one."""
+    for matrix in model.projections():
+        values = matrix.weight if matrix.codes is None else matrix.codes
+        yield f"blk.{matrix.layer}.{NAMES[matrix.name]}", values, matrix.scale
 
 
 def as_numpy(tensor: Tensor) -> npt.NDArray[np.float32]:

@@ -32,6 +32,7 @@ from shared.tokenizer import Tokenizer, has_dummy_prefix
 from train.bitlinear import BitLinear
 from train.export import gguf_llama
 from train.export.command import Options
+from train.export.divergence import mean_divergence
 from train.export.gguf import VARIANTS, origin, tensors, write
 from train.export.gguf_graph import Graph
 from train.export.source import Source
@@ -164,7 +165,7 @@ def same_f32_form(source: Source, tokens: Sequence[Sequence[int]], unrounded: Te
 
 def near(found: Tensor, trained: Tensor, unrounded: Tensor) -> str:
     """5: what llama.cpp makes of the file at hand, against the model as trained."""
-    divergence, bound = mean_kl(trained, found), max(KL, 4 * mean_kl(trained, unrounded))
+    divergence, bound = mean_divergence(trained, found), max(KL, 4 * mean_divergence(trained, unrounded))
     if not divergence <= bound:
         raise ValueError(f"llama.cpp's distribution is {divergence:.2g} nats from the model's; at most {bound:.2g}")
     return f"llama.cpp: mean KL {divergence:.1e} nats from the model as trained (at most {bound:.2g})"
@@ -217,9 +218,3 @@ def rounded(values: np.ndarray, type: Type) -> np.ndarray:
 def logits_of(model: Model, tokens: Sequence[Sequence[int]]) -> Tensor:
     """Our logits of the sequences, end to end: (sum of lengths, V) in fp64."""
     return torch.cat([model(torch.tensor([ids]))[0] for ids in tokens]).double()
-
-
-def mean_kl(p: Tensor, q: Tensor) -> float:
-    """Mean over rows of KL(p || q) in nats, from logits."""
-    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean().item()

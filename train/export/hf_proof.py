@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from train.bitlinear import BitLinear
 from train.export import tokenizer as tokenizer_files
-from train.export.hf_weights import projections
+from train.export.divergence import mean_divergence
+from train.export.hf_weights import name_of
 from train.export.source import Source
-from train.model import Linear, Model
+from train.model import Model, Projection
 from train.samples import PROMPTS
 
 LOGITS = 1e-10  # largest difference, fp64
@@ -77,16 +77,16 @@ def weights_hold(source: Source, theirs: Any, form: str) -> str:
         raise ValueError("the head of the export is not its embedding in full precision")
     if not torch.equal(embedding.weight, source.model.embedding):
         raise ValueError("the embedding of the export is another")
-    matrices = list(projections(source.model))
-    for name, matrix, rows in matrices:
-        if not computes_with(theirs.get_submodule(name), matrix, rows, form):
-            raise ValueError(f"{name} of the export has not the weights, codes or scale of the model")
+    matrices = list(source.model.projections())
+    for matrix in matrices:
+        if not computes_with(theirs.get_submodule(name_of(matrix)), matrix, form):
+            raise ValueError(f"{name_of(matrix)} of the export has not the weights, codes or scale of the model")
     what = "the weights are" if form == "twin" else "codes and scales are"
     return f"weights: {len(matrices)} matrices, {what} bitwise ours; the head is the embedding"
 
 
-def computes_with(module: Any, matrix: BitLinear | Linear, rows: slice, form: str) -> bool:
-    """Whether a layer of Transformers multiplies, in fp32, by the very numbers of some rows of ours."""
+def computes_with(module: Any, matrix: Projection, form: str) -> bool:
+    """Whether a layer of Transformers multiplies, in fp32, by the very numbers of ours."""
     import transformers.integrations.bitnet as library
 
     bitnet: Any = library
@@ -95,9 +95,9 @@ def computes_with(module: Any, matrix: BitLinear | Linear, rows: slice, form: st
     if type(module) is not kind:
         return False
     if form == "twin":
-        return torch.equal(module.weight, matrix.weight[rows])
-    assert isinstance(matrix, BitLinear)
-    codes, inverse = matrix.codes[rows].float(), 1 / matrix.scale[rows][:1]
+        return torch.equal(module.weight, matrix.weight)
+    assert matrix.codes is not None and matrix.scale is not None
+    codes, inverse = matrix.codes.float(), 1 / matrix.scale
     if form == "latent":
         return torch.equal(bitnet.WeightQuant.apply(module.weight), codes / inverse)
     return torch.equal(bitnet.unpack_weights(module.weight, dtype=torch.float32), codes) and torch.equal(
@@ -106,16 +106,11 @@ def computes_with(module: Any, matrix: BitLinear | Linear, rows: slice, form: st
 
 
 def divergence_holds(model: Model, theirs: Any, tokens: list[Tensor]) -> str:
-    mean = torch.cat([divergence(model(ids), theirs(ids).logits) for ids in tokens]).mean().item()
+    found = torch.cat([theirs(ids).logits[0] for ids in tokens])
+    mean = mean_divergence(torch.cat([model(ids)[0] for ids in tokens]), found)
     if not mean <= KL:
         raise ValueError(f"in fp32 the export is {mean:.2g} nats from the model in the mean, more than {KL:.0e}")
     return f"fp32 as it is used: mean KL divergence {mean:.1e} nats (bound {KL:.0e})"
-
-
-def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
-    """The KL divergence of each position in nats: two (B, T, V) logits -> (B x T,) fp64."""
-    p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).flatten()
 
 
 def logits_agree(model: Model, theirs: Any, tokens: list[Tensor]) -> str:

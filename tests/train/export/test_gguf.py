@@ -22,7 +22,7 @@ from train.export import command, gguf_graph, gguf_llama, gguf_proof
 from train.export import gguf as writer
 from train.export.command import Options
 from train.export.source import Source
-from train.model import Block
+from train.model import Block, Model
 
 
 @pytest.fixture(autouse=True)
@@ -113,11 +113,14 @@ def of_matrices(change: Callable[[dict[str, Any], Block], Any]) -> Callable[[pyt
     def plant(monkeypatch: pytest.MonkeyPatch) -> None:
         real = writer.matrices
 
-        def matrices(source: Source, block: Block) -> Iterator[tuple[str, Any, Any]]:
-            found = {name: [values, scale] for name, values, scale in real(source, block)}
-            change(found, block)
-            for name, (values, scale) in found.items():
-                yield name, values, scale
+        def matrices(model: Model) -> Iterator[tuple[str, Any, Any]]:
+            for i, block in enumerate(model.layers):
+                assert isinstance(block, Block)
+                at = f"blk.{i}."
+                found = {name: [values, scale] for name, values, scale in real(model)}
+                layer = {name.removeprefix(at): each for name, each in found.items() if name.startswith(at)}
+                change(layer, block)
+                yield from ((at + name, values, scale) for name, (values, scale) in layer.items())
 
         monkeypatch.setattr(writer, "matrices", matrices)
 

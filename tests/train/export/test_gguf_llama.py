@@ -20,6 +20,7 @@ from tests.train.export.gguf_model import SMALL, TOKENIZER, source
 from train.config import ModelConfig
 from train.export import gguf_llama, gguf_proof
 from train.export.command import VARIANTS, Options
+from train.export.divergence import mean_divergence
 from train.export.gguf import prove, write
 from train.export.source import Source, open_source
 from train.model import Model
@@ -146,11 +147,11 @@ def test_tq2_0_is_nearer_to_the_model_than_to_any_wrong_one(
     found = asked(small, "tq2_0", tokens, tmp_path)
     with relu_squared(monkeypatch, wrong == "relu² for silu"):
         other = gguf_proof.logits_of(WRONG[wrong](small), tokens)
-    right = gguf_proof.mean_kl(gguf_proof.logits_of(small.model, tokens), found)
+    right = mean_divergence(gguf_proof.logits_of(small.model, tokens), found)
     assert right < gguf_proof.KL
-    assert gguf_proof.mean_kl(other, found) > 2 * right
+    assert mean_divergence(other, found) > 2 * right
     if wrong != "epsilon of 1e-3":  # which int8 activations nearly hide
-        assert gguf_proof.mean_kl(other, found) > gguf_proof.KL
+        assert mean_divergence(other, found) > gguf_proof.KL
 
 
 def test_the_f32_form_tells_an_epsilon_of_a_tenth(small: Source, tokens: list[list[int]], tmp_path: Path) -> None:
