@@ -147,9 +147,7 @@ class Free:
         torch.backends.cuda.enable_mem_efficient_sdp(True)
 
     def __exit__(self, *_: object) -> None:
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        runtime.make_deterministic()
 
 
 def fitted(config: Config, chosen: Runtime, device: torch.device) -> Runtime:

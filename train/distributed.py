@@ -23,6 +23,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from shared.progress import duration
+
 T = TypeVar("T")
 
 # How long one process waits for another. Rank 0 verifies the data set while the others wait: 4 GB in an hour is 1 MB/s.
@@ -121,7 +123,7 @@ def _lost(error: Exception) -> str | None:
     if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return None
     if re.search("time(d )?out", str(error).lower()):
-        what = f"waited {PATIENCE} hours for another process of this job, in vain"
+        what = f"another process of this job did not answer (waited up to {duration(PATIENCE.total_seconds())})"
     else:
         what = "another process of this job has ended: see what it said, or what the launcher says of it"
     return f"{what}; the same command goes on from the newest checkpoint"

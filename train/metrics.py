@@ -160,6 +160,13 @@ def _lines(path: Path) -> list[tuple[dict[str, Any] | None, int]]:
     return found
 
 
+def number(value: float | None, digits: int = 4) -> str:
+    """A number of a log for people; null is one that was not finite."""
+    if value is None or math.isnan(value):
+        return "not finite"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
+
+
 def to_json(record: Record) -> str:
     """One line of strict JSON; what is not finite is null."""
     return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)

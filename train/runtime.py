@@ -102,7 +102,7 @@ def prepare(runtime: Runtime, local_rank: int = 0) -> torch.device:
     on_bf16_cpu = runtime.device == "cpu" and runtime.precision == "bf16"
     torch.set_float32_matmul_precision("medium" if on_bf16_cpu else "highest")
     if runtime.deterministic:
-        _make_deterministic()
+        make_deterministic()
     if runtime.device == "cpu":
         _keep_memory()
     if runtime.device == "cuda":
@@ -117,7 +117,7 @@ def prepare(runtime: Runtime, local_rank: int = 0) -> torch.device:
     return torch.device(runtime.device)
 
 
-def _make_deterministic() -> None:
+def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory with NaN is a debugging aid that costs bandwidth.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from typing import Any
 
 from shared.progress import duration
 from train import checkpoint, metrics
+from train.metrics import number
 from train.run_folder import RunFolder
 
 
@@ -63,8 +64,3 @@ def samples(records: list[dict[str, Any]]) -> Iterator[str]:
     for record in records:
         if record["step"] == records[-1]["step"]:
             yield f"sample     {json.dumps(record['text'], ensure_ascii=False)}"
-
-
-def number(value: float | None) -> str:
-    """Null in a log is a number that was not finite."""
-    return "not finite" if value is None else f"{value:.4f}"

@@ -97,7 +97,7 @@ def test_a_process_is_set_up_as_stored() -> None:
 
 def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_devices", lambda: {"cuda": True})
-    monkeypatch.setattr(runtime, "_make_deterministic", lambda: None)
+    monkeypatch.setattr(runtime, "make_deterministic", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     before = torch.get_num_threads()
     with pytest.raises(ValueError, match=r"process 3 of \S+ has no GPU: this machine shows 2"):

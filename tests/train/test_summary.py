@@ -8,8 +8,8 @@ import pytest
 
 from shared.durable import sha256_file
 from tests.train.command import Command
-from train.metrics import read
-from train.summary import number, speed_of, summary
+from train.metrics import number, read
+from train.summary import speed_of, summary
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from shared.durable import write_durably
+from train.metrics import number
 
 HERE = Path(__file__).parent
 
@@ -34,10 +35,3 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     pages.filters["num"] = number
     text = pages.get_template(template).render(css=(HERE / "page.css").read_text(), **values)
     write_durably(path, text.encode("utf-8", "replace"))  # half a surrogate pair is no text that UTF-8 can hold
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for people; null in a log is one that was not finite."""
-    if value is None or value != value:
-        return "not finite"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"

@@ -12,9 +12,10 @@ from shared.progress import duration
 from shared.provenance import utc_now
 from train import config, schedule
 from train.inspect import Row, inspect
+from train.metrics import number
 from train.report.charts import BINS, BLUE, GREEN, ORANGE, VIOLET, Array, Curve, chart, top_of
 from train.report.health import health
-from train.report.page import Figure, number, write_page
+from train.report.page import Figure, write_page
 from train.report.recorded import Line, Recorded, column, recorded
 
 REPORT = "report.html"
