@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -57,9 +58,7 @@ class Loop:
 
     def step(self, n: int) -> Measured:
         """The n-th update, from 1."""
-        indices = self.order.indices(n, distributed.rank(), distributed.world_size())
-        tokens = torch.from_numpy(rows(self.stream, indices, self.length))  # (B / world size, T + 1)
-        tokens = tokens.to(self.device, non_blocking=True)
+        tokens = self._read(self.order.indices(n, distributed.rank(), distributed.world_size()))
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         *parts, last = torch.split(tokens, self.micro)
@@ -76,6 +75,14 @@ class Loop:
         self.model.requantize()
         return Measured(n, loss, norm, probe.measure(tokens[:1, :-1]) if probe else None)
 
+    def _read(self, indices: npt.NDArray[np.int64]) -> Tensor:
+        """Those sequences of the data on the device, (B, T + 1) int64 for B of them.
+
+        A GPU fetches them from pinned memory when it gets there; for a copy from any other the host would wait for it.
+        """
+        tokens = torch.from_numpy(rows(self.stream, indices, self.length))
+        return (tokens.pin_memory() if self.device.type == "cuda" else tokens).to(self.device, non_blocking=True)
+
     def _backward(self, part: Tensor, weight: float) -> Tensor:
         """Add the gradient of `weight` times the loss of a micro-batch (b, T + 1); that loss, weighted, a scalar."""
         loss: Tensor = self.objective(part[:, :-1], part[:, 1:]) * weight
@@ -89,7 +96,7 @@ class Loop:
 
     def attempt(self, micro: int) -> None:
         """See whether `micro` sequences at once fit: forward and backward twice, as gradients accumulate; no update."""
-        tokens = torch.from_numpy(rows(self.stream, np.arange(micro), self.length)).to(self.device)
+        tokens = self._read(np.arange(micro))
         try:
             for _ in range(2):
                 self.model.loss(tokens[:, :-1], tokens[:, 1:]).backward()  # type: ignore[no-untyped-call]
@@ -129,5 +136,5 @@ class Loop:
         model, optimizer = self.model_state(), self.optimizer_state()
         distributed.copy_from_writer([*model.values(), *optimizer.values()])
         self.load(model, optimizer)
-        self._backward(torch.from_numpy(rows(self.stream, np.arange(self.micro), self.length)).to(self.device), 0.0)
+        self._backward(self._read(np.arange(self.micro)), 0.0)
         self.optimizer.zero_grad()
