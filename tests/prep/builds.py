@@ -40,6 +40,13 @@ def tokenize_arguments(source: object, out: Path, **options: object) -> list[str
     return ["tokenize", *words, "--out", str(out)]
 
 
+def built(source: object, out: Path, **options: object) -> Path:
+    """The small data set, made at `out`."""
+    done = prep(*tokenize_arguments(source, out, **options))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
 def one_line_error(done: subprocess.CompletedProcess[str], code: int) -> str:
     """The single line of a failure; a traceback or a second line is a failure of its own."""
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)

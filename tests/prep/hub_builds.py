@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prep.defaults import SOURCE as DEFAULT_SOURCE
-from tests.prep.builds import TOKENIZER, golden_rows, prep, tokenize_arguments
-from tests.prep.hub_server import Hub, Repository
+from tests.prep.builds import LLAMA, TOKENIZER, golden_rows, prep, tokenize_arguments
+from tests.prep.hub_server import Hub, Repository, Request
 
 COMMIT = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"  # of the default --source
 NEWER = "b" * 40
 FINEWEB = "HuggingFaceFW/fineweb-edu"
+LLAMA_2 = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"  # of the default --tokenizer
 CARD = b"""---
 license: odc-by
 configs:
@@ -61,6 +62,23 @@ def hub_of(folder: Path) -> Hub:
             ),
         }
     )
+
+
+def add_default_tokenizer(hub: Hub) -> Repository:
+    """LLAMA_2 with its real model, of ../shared; returned to be changed."""
+    commits = {"c" * 40: {"tokenizer.model": LLAMA.read_bytes()}}
+    hub.repositories[LLAMA_2] = Repository("models", commits, {"main": "c" * 40})
+    return hub.repositories[LLAMA_2]
+
+
+def spans(request: Request) -> bool:
+    """Of a unit, not of a footer."""
+    return request.storage and request.range is not None and request.range[1] - request.range[0] > 1000
+
+
+def data(request: Request) -> bool:
+    """Of a parquet file, whatever part of it."""
+    return "/api/" not in request.path and request.path.endswith(".parquet")
 
 
 def environment(hub: Hub, home: Path, **variables: str) -> dict[str, str]:

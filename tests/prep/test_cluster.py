@@ -15,7 +15,16 @@ import pytest
 
 from prep.sources import LocalSource
 from shared.manifest import load_build
-from tests.prep.builds import ROOT, bytes_of, golden_rows, one_line_error, prep, tokenize_arguments, write_parquet
+from tests.prep.builds import (
+    ROOT,
+    built,
+    bytes_of,
+    golden_rows,
+    one_line_error,
+    prep,
+    tokenize_arguments,
+    write_parquet,
+)
 from tests.prep.dask_cluster import Dask, building
 from tests.prep.hub_builds import SMALL as HUB_SMALL
 from tests.prep.hub_builds import environment, hub_of, write_files
@@ -39,9 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The data set as a local build makes it."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    assert prep(*tokenize_arguments(source, out, **SMALL)).returncode == 0
-    return bytes_of(out)
+    return bytes_of(built(source, tmp_path_factory.mktemp("whole") / "out", **SMALL))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.prep.builds import ROOT, bytes_of, golden_rows, one_line_error, prep, tokenize_arguments, write_parquet
+from tests.prep.builds import (
+    ROOT,
+    built,
+    bytes_of,
+    golden_rows,
+    one_line_error,
+    prep,
+    tokenize_arguments,
+    write_parquet,
+)
 
 SMALL = {"train_sequences": 120, "val_sequences": 6, "shard_tokens": 4000}
 
@@ -27,9 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The data set as an undisturbed build makes it."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    assert prep(*tokenize_arguments(source, out, **SMALL)).returncode == 0
-    return bytes_of(out)
+    return bytes_of(built(source, tmp_path_factory.mktemp("whole") / "out", **SMALL))
 
 
 def faulty(action: str, victim: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:

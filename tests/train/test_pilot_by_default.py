@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.prep.builds import LLAMA
-from tests.prep.hub_builds import environment, hub_of, write_files
-from tests.prep.hub_server import Fault, Repository, once, serving
+from tests.prep.hub_builds import add_default_tokenizer, environment, hub_of, write_files
+from tests.prep.hub_server import Fault, once, serving
 from tests.train.test_pilot import ARGS, SIZE, evals, make, tree  # noqa: F401
-
-LLAMA_2 = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 
 @pytest.mark.corpus
@@ -23,9 +21,7 @@ def test_the_pilot_takes_every_default_from_the_hub(
     files = tmp_path_factory.mktemp("hub")
     write_files(files)
     hub = hub_of(files)
-    hub.repositories[LLAMA_2] = Repository(
-        "models", {"c" * 40: {"tokenizer.model": LLAMA.read_bytes()}}, {"main": "c" * 40}
-    )
+    add_default_tokenizer(hub)
     hub.faults.append(once(Fault(503), lambda r: r.path.endswith(".parquet"), times=2))
     hub.faults.append(once(Fault(429, {"Retry-After": "1"}), lambda r: r.storage))
     with serving(hub):
