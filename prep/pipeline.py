@@ -138,7 +138,6 @@ class _Build:
                     break
                 self._check_stop()
             ahead.close()
-            pool.shutdown(wait=False, cancel_futures=True)  # what is still under way is not needed
             self.progress.show(self._line, now=True)
             self.progress.clear()
             self.writer.close()

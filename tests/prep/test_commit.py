@@ -1,6 +1,8 @@
 """What a commit does, in which order; and what stops a build that would write wrong ids."""
 
+import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,16 @@ def test_the_sample_that_was_compared_is_on_record(tmp_path: Path) -> None:
 
     parity = load_build(tmp_path / "out")["parity"]
     assert parity["documents"] >= 5 and parity["mismatches"] == 0
+
+
+def test_a_finished_build_leaves_no_worker_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own clean-up would meet a pool that is still closing, and print a traceback at times."""
+    real = Encoder.encode
+
+    def slow(self: Encoder, texts: Any) -> Encoded:
+        time.sleep(0.05)  # so that the next piece is under way when the last one is written
+        return real(self, texts)
+
+    monkeypatch.setattr(Encoder, "encode", slow)
+    run(tmp_path)
+    assert not multiprocessing.active_children()
