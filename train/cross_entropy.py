@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from train.bitlinear import product
-from train.rows import by_rows, exact_dtype
+from train.rows import by_rows, exact_dtype, is_eager_on_cpu
 
 CHUNK = 4096  # tokens to a product: few, since each adds a whole (V, C) gradient; 4096 x 32,000 logits are 524 MB
 
@@ -26,9 +26,16 @@ def softmax_slope(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[T
     p = torch.softmax(logits, -1)
     # The likeliest has p = 1 / sum(exp(logit - largest)), which is never too small for its logarithm.
     losses = logits.amax(-1, keepdim=True) - logits.gather(1, at) - p.amax(-1, keepdim=True).log()
-    slope = p.to(dtype)
-    slope.scatter_(1, at, torch.expm1(-losses).to(dtype))  # p - 1 without cancellation
-    return losses.squeeze(1), slope
+    slope = replace_at(p, at, torch.expm1(-losses))  # p - 1 without cancellation
+    return losses.squeeze(1), slope.to(dtype)
+
+
+def replace_at(x: Tensor, at: Tensor, values: Tensor) -> Tensor:
+    """Overwrite x (m, V) in the columns `at` (m, 1) by `values` (m, 1), a number a row; the same tensor."""
+    if is_eager_on_cpu(x):
+        return x.scatter_(1, at, values)
+    # In deterministic mode scatter_ stays out of a compiled kernel, and has the host wait for the GPU.
+    return torch.where(torch.arange(x.shape[1], device=x.device) == at, values, x, out=x)
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, softmax: Softmax = softmax_slope) -> Tensor:

@@ -40,9 +40,14 @@ def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tu
     return whole
 
 
+def is_eager_on_cpu(x: Tensor) -> bool:
+    """Whether each operation on `x` goes through it alone, on a CPU; a GPU and a compiler have rules of their own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def rows_at_once(x: Tensor) -> int:
     """How many rows of (M, ...) fit the cache in fp32; all M where it is not a CPU, and for a compiler."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_eager_on_cpu(x):
         return len(x)
     return max(1, CACHE * torch.get_num_threads() // (4 * x[0].numel())) if len(x) else 0
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train import rows
+from train import cross_entropy, rows
 from train.config import ModelConfig
 from train.cross_entropy import softmax_slope
 from train.model import Attention, attention_dtype, rotary
@@ -141,6 +141,15 @@ def test_attention_on_a_cpu_is_in_fp32() -> None:
         )
         attention(torch.randn(2, 5, 32), rotary(torch.arange(5).repeat(2), 16, 1e4), None)
     assert seen == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_slope_of_a_compiler_has_the_bits_of_a_cpu_s(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = torch.randn(20, 50) * 9, torch.randint(0, 50, (20,))
+    want = softmax_slope(logits, labels, dtype)
+    monkeypatch.setattr(cross_entropy, "is_eager_on_cpu", lambda x: False)
+    got = softmax_slope(logits, labels, dtype)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
 
 
 @settings(deadline=None)
