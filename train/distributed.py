@@ -78,6 +78,8 @@ def joined() -> Iterator[None]:
     except Exception as error:
         if store is not None and not _is_first_to_end(store):
             sys.stderr = open(os.devnull, "w")  # noqa: PTH123 - for what is left of this process
+        if dist.is_initialized():  # destroying nccl's group would wait for what the dead will never join
+            dist.distributed_c10d._abort_process_group()
         if said := _lost(error):
             raise ValueError(said) from None
         raise
