@@ -61,7 +61,9 @@ def bench(config: Config, device: str, rounds: int) -> dict[str, Any]:
     candidates = list(made(config, chosen, where))
     timed = measure(candidates, rounds, where)
     found = summary(config, chosen, where, timed)
-    return {**found, "kernels": shares(candidates[0], config.batch.sequences // found["micro"], where)}
+    left_out = [c.name for c in candidates if c.name not in timed]
+    kernels = shares(candidates[0], config.batch.sequences // found["micro"], where)
+    return {**found, "out_of_memory": left_out, "kernels": kernels}
 
 
 def made(config: Config, chosen: Runtime, device: torch.device) -> Iterator[Candidate]:
@@ -168,7 +170,10 @@ def fitted(config: Config, chosen: Runtime, device: torch.device) -> Runtime:
 def measure(
     candidates: list[Candidate], rounds: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Timed]:
-    """Time `rounds` rounds, after two that warm up (the second grows gradients instead of making them)."""
+    """Time `rounds` rounds, after two that warm up (the second grows gradients instead of making them).
+
+    A candidate that runs out of device memory is left out from there on; ValueError where it is the first.
+    """
 
     def seconds(work: Callable[[], None]) -> float:
         synchronize(device)
@@ -179,12 +184,21 @@ def measure(
 
     timed = {c.name: Timed([], [], None) for c in candidates}
     for number in range(rounds + 2):
-        for candidate in candidates:
+        for candidate in [c for c in candidates if c.name in timed]:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
                 of_others = torch.cuda.memory_allocated(device) - sum(t.nbytes for t in candidate.holds())
-            with candidate.settings():
-                found = seconds(candidate.micro_batch), seconds(candidate.update)
+            try:
+                with candidate.settings():
+                    found = seconds(candidate.micro_batch), seconds(candidate.update)
+            except torch.OutOfMemoryError:
+                if candidate is candidates[0]:
+                    raise ValueError(
+                        f"{candidate.name} runs out of memory beside what it is compared with; "
+                        "give --set batch.micro=N with a smaller N"
+                    ) from None
+                del timed[candidate.name]
+                continue
             if number >= 2:
                 timed[candidate.name].micro_batch.append(found[0])
                 timed[candidate.name].update.append(found[1])
@@ -269,6 +283,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
             f"{name:26}  {r['tokens_per_second']:>10,.0f}  {r['step_ms']:>10,.1f}  {r['update_ms']:>9,.1f}  {mfu:>6}  "
             f"{memory:>9}  {r['speed_of_first']:>8.2f}x"
         )
+    yield from (f"{name:26}  runs out of memory" for name in found["out_of_memory"])
     yield ""
     yield "where BitNet's time goes: " + ", ".join(
         f"{group} {100 * share:.0f}%" for group, share in found["kernels"].items()

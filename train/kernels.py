@@ -23,7 +23,7 @@ def kernels_of_cuda(work: Callable[[], None]) -> list[tuple[str, float]]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         work()
         torch.cuda.synchronize()
-    events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    events = [e for e in profiled.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     return [(kernel_group(event.name), event.self_device_time_total) for event in events]
 
 

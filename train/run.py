@@ -190,6 +190,8 @@ def fitting_micro(facts: Facts, loop: Loop) -> int:
         return candidates[0]
     found = runtime.fit_micro(facts.runtime, candidates, loop.attempt).micro
     assert found is not None
+    if facts.runtime.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the memory of a run is not that of trying
     if facts.runtime.compile:
         torch._dynamo.reset()  # a resume does not try; what was compiled in trying must not differ from what it will
     return distributed.smallest(found)

@@ -4,6 +4,7 @@ Each field can change bits, so together they belong to a run's identity. Nothing
 """
 
 import ctypes
+import gc
 import os
 import resource
 import sys
@@ -148,6 +149,8 @@ def compile_model(model: Model) -> None:
     inductor.dynamic_scale_rblock = False  # would time two sizes of a reduction and change its order of adding
     if hasattr(inductor, "deterministic"):  # torch >= 2.9
         inductor.deterministic = True
+    # Inside DistributedDataParallel dynamo would cut each block in two, to send gradients earlier: a block is small.
+    torch._dynamo.config.optimize_ddp = False
     for module in [*model.layers, model.norm]:
         module.compile(dynamic=False)
     for linear in model.bitlinears():
@@ -183,11 +186,12 @@ def fit_micro(runtime: Runtime, candidates: Sequence[int], attempt: Callable[[in
     for micro in candidates:
         try:
             attempt(micro)
-        except torch.OutOfMemoryError:
-            if runtime.device == "cuda":
-                torch.cuda.empty_cache()
-        else:
             return replace(runtime, micro=micro)
+        except torch.OutOfMemoryError:
+            pass  # the exception holds what the attempt has made: until here
+        gc.collect()
+        if runtime.device == "cuda":
+            torch.cuda.empty_cache()
     raise ValueError(
         f"{runtime.device} runs out of memory with {candidates[-1]} sequence at once; use a device with more memory"
     )

@@ -53,6 +53,19 @@ def test_rounds_go_around_and_the_first_two_are_not_counted() -> None:
     assert timed == {"a": Timed([1.0] * 3, [0.5] * 3, None), "b": Timed([3.0] * 3, [1.5] * 3, None)}
 
 
+def runs_out() -> None:
+    raise torch.OutOfMemoryError("no more")
+
+
+def test_what_runs_out_of_memory_is_left_out_and_the_rest_is_measured() -> None:
+    fits, does_not = (
+        Candidate(name, work, lambda: None, list) for name, work in (("a", lambda: None), ("b", runs_out))
+    )
+    assert list(measure([fits, does_not], 2, CPU)) == ["a"]
+    with pytest.raises(ValueError, match=r"b runs out of memory .* give --set batch\.micro="):
+        measure([does_not, fits], 2, CPU)
+
+
 @pytest.mark.parametrize("kind", ["bitnet", "none", "textbook"])
 def test_what_a_candidate_holds_is_every_byte_that_stays(kind: str) -> None:
     config, ids = replace(preset("tiny"), model=SMALL), torch.zeros(2, 9, dtype=torch.int64)
