@@ -55,8 +55,8 @@ class Ahead:
 
     def _size(self, step: Step, stop: int) -> int:
         """Packed bytes of the rows of `step` up to `stop`, as far as they must be fetched."""
-        rows = step.unit.rows or 1
-        return 0 if isinstance(self._source, LocalSource) else self._source.size(step.unit) * (stop - step.row) // rows
+        rows = step.unit.rows  # None for .zst: the file stays here, so that it takes none of the room for units
+        return 0 if rows is None else self._source.size(step.unit) * (stop - step.row) // max(1, rows)
 
     def submit(self, step: Step) -> "Future[Result]":
         source = self._source

@@ -1,15 +1,19 @@
 """python -m prep: the commands. Thin: each imports what it runs, so that --help is quick."""
 
+import io
 import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prep.defaults import SOURCE, TOKENIZER, pinned_sha256
+
+if TYPE_CHECKING:
+    from shared.progress import Progress
 
 SRC = "hf://OWNER/NAME[@REVISION][?config=NAME], or a file, folder or glob of .parquet, .jsonl, .jsonl.zst, .txt"
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -115,13 +119,17 @@ def plan(
         from prep.sources import tokenizer_file
         from shared.tokenizer import load_tokenizer
 
-        def say(line: str) -> None:
-            if not as_json:
-                click.echo(line)
-
-        model = load_tokenizer(tokenizer_file(tokenizer, stop=stop, say=say), pinned_sha256(tokenizer))
-        many = workers or min(8, _cores())
-        forecast = plan_(source, model, Settings(**shape), out, workers=many, restart=restart, stop=stop, say=say)
+        progress = _progress(as_json)
+        forecast = plan_(
+            source,
+            load_tokenizer(tokenizer_file(tokenizer, stop=stop, progress=progress), pinned_sha256(tokenizer)),
+            Settings(**shape),
+            out,
+            workers=workers or min(8, _cores()),
+            restart=restart,
+            stop=stop,
+            progress=progress,
+        )
     for line in [json.dumps(forecast.json())] if as_json else forecast.lines():
         click.echo(line)
 
@@ -135,7 +143,7 @@ def verify(folder: Path, deep: int, source: str | None, as_json: bool) -> int:
     """Hash and check every file of the data set FOLDER; name all that are bad."""
     from prep.verify import verify as verify_
 
-    result = verify_(folder, deep=deep, source=source)
+    result = verify_(folder, deep=deep, source=source, progress=_progress(as_json))
     if as_json:
         click.echo(json.dumps(result.json(), ensure_ascii=False))
     for problem in [] if as_json else result.bad:
@@ -161,7 +169,7 @@ def repair(folder: Path, source: str | None, tokenizer: str | None, workers: int
     with Stop().listening() as stop:
         from prep.repair import Repair
 
-        bad = Repair(folder, source, tokenizer, workers or min(8, _cores()), stop, click.echo).run()
+        bad = Repair(folder, source, tokenizer, workers or min(8, _cores()), stop).run()
     click.echo(f"{folder}: {'whole again' if bad else 'every file is as recorded, nothing to repair'}")
 
 
@@ -194,6 +202,13 @@ def sample_corpus(out: Path) -> None:
         f"{out}: {what} {sample.documents:,} documents, {sample.characters:,} characters, {sample.tokens:,} tokens"
     )
     click.echo(f"use it with --source {out} --tokenizer {out / 'tokenizer.model'}")
+
+
+def _progress(as_json: bool) -> "Progress":
+    """Where a command shows what it waits for: nowhere, when stdout is for one JSON object and nothing else."""
+    from shared.progress import Progress
+
+    return Progress(io.StringIO() if as_json else None)
 
 
 def _cores() -> int:

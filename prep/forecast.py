@@ -22,7 +22,7 @@ from prep.encoder import Encoder
 from prep.job import pin_of
 from prep.plan import Plan, Settings
 from prep.sources import LocalSource, Unit, all_units, kind_of, open_source
-from shared.progress import duration
+from shared.progress import Progress, duration
 from shared.shards import TOKEN_BYTES
 from shared.stop import Stop
 from shared.tokenizer import Tokenizer
@@ -104,10 +104,12 @@ def forecast(
     workers: int,
     disk_free: int,
     share: float = 1.0,
+    listing_bytes: int = 0,
 ) -> Forecast:
     """Read `units`, in the order of the plan, until their text fills the budget. Pure.
 
     They may be a `share` of the source's units; where those are not enough, as many more are taken to be like them.
+    `listing_bytes` of text files are downloaded whatever is read of them, for their lines must be counted.
     """
     listed, wanted = list(units), sum(settings.budget().values())
     tokens, needed = 0.0, 0
@@ -117,7 +119,7 @@ def forecast(
     more = min(1 / share, wanted / tokens) if 0 < tokens < wanted else 1.0
     rows = [unit.rows for unit in listed[:needed]]
     documents = None if None in rows else round(sum(n or 0 for n in rows) * more)
-    download = round(sum(map(fetched_bytes, listed[:needed])) * more)
+    download = round(sum(map(fetched_bytes, listed[:needed])) * more + listing_bytes / share)
     return Forecast(
         units=round(needed * more),
         units_listed=round(len(listed) / share),
@@ -165,14 +167,16 @@ def forecast_source(
     def text_bytes(unit: Unit) -> float:
         if kind_of(unit.file) == ".parquet":
             return unit.unpacked * of_text
-        size = source.file_size(unit.file)
-        return size * UNPACKED if unit.rows is None else size * unit.rows / max(1, rows[unit.file])
+        size = source.file_size(unit.file) * (UNPACKED if kind_of(unit.file) == ".jsonl.zst" else 1)
+        return size if unit.rows is None else size * unit.rows / max(1, rows[unit.file])
 
     def fetched_bytes(unit: Unit) -> int:
-        return 0 if isinstance(source, LocalSource) else source.size(unit)
+        return 0 if unit in uncounted else source.size(unit)
 
+    uncounted = {unit for unit in listed if unit.rows is None and kind_of(unit.file) != ".jsonl.zst"}
+    listing = sum(map(source.size, uncounted))
     free = shutil.disk_usage(folder).free
-    return forecast(listed, settings, text_bytes, fetched_bytes, measure(encoder), workers, free, share)
+    return forecast(listed, settings, text_bytes, fetched_bytes, measure(encoder), workers, free, share, listing)
 
 
 def plan(
@@ -184,15 +188,24 @@ def plan(
     workers: int,
     restart: bool,
     stop: Stop,
-    say: Callable[[str], None],
+    progress: Progress,
 ) -> Forecast:
     """What a build would take, found without changing anything. ValueError for what is wrong with the source."""
     out = out.absolute()
-    source = open_source(spec, pin=pin_of(spec, out, restart), stop=stop, say=say)
+    source = open_source(spec, pin=pin_of(spec, out, restart), stop=stop, progress=progress)
     names, share = sampled(source)
-    tracks = Plan(all_units(source, settings.unit_bytes, names), settings.order, settings.seed).tracks
+    tracks = Plan(_units(source, settings.unit_bytes, names), settings.order, settings.seed).tracks
     disk = next(folder for folder in (out, *out.parents) if folder.is_dir())
     return forecast_source(source, tracks, settings, Encoder(tokenizer), workers, disk, share)
+
+
+def _units(source: "LocalSource | HubSource", unit_bytes: int, names: list[str]) -> list[Unit]:
+    """The units of files. A text file that is still on the Hub is one, of unknown length: to count its lines it would
+    have to be downloaded, as a build does."""
+    far = [Unit(name, 0, None) for name in names if kind_of(name) != ".parquet"]
+    far = [unit for unit in far if source.size(unit)]
+    here = [name for name in names if name not in {unit.file for unit in far}]
+    return sorted(all_units(source, unit_bytes, here) + far, key=lambda unit: unit.file.encode())
 
 
 def _text_share(source: "LocalSource | HubSource") -> float:

@@ -20,12 +20,14 @@ import pyarrow.parquet as pq
 from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
-from prep.hub_listing import LOCAL_FILES, offline, pin_now
-from prep.sources import Pin, Unit, check_columns, kind_of, open_parquet
+from prep.downloads import Downloads
+from prep.hub_listing import LOCAL_FILES, cache_of, offline, pin_now
+from prep.sources import HUB, Pin, Unit, check_columns, kind_of, open_parquet
 from prep.spans import TAIL, footer, footer_length, open_span, span_of
 from prep.transfers import Transfers
-from shared.durable import sha256_file
+from shared.durable import sha256_file, write_durably
 from shared.manifest import SourceFile
+from shared.progress import Progress
 from shared.stop import Stop
 
 SPEC = re.compile(r"hf://(?P<repository>[^/@?]+/[^/@?]+)(?:@(?P<revision>[^?]+))?(?:\?config=(?P<config>[^&?]+))?")
@@ -33,32 +35,32 @@ TOKENIZER_SPEC = re.compile(r"hf://(?P<repository>[^/@?]+/[^/@?]+)(?:@(?P<revisi
 CONNECTIONS = 8
 
 
-def open_hub(spec: str, pin: Pin | None, stop: Stop, say: Callable[[str], None]) -> "HubSource":
+def open_hub(spec: str, pin: Pin | None, stop: Stop, progress: Progress) -> "HubSource":
     """The dataset that SRC names; at the commit and with the files of `pin`, or at what the Hub says now."""
     found = SPEC.fullmatch(spec)
     if not found:
         raise ValueError(f"{spec}: expected hf://OWNER/NAME[@REVISION][?config=NAME]")
-    _quieten(say)
-    transfers = Transfers(stop, say, LOCAL_FILES)
+    _quieten(progress.say)
+    transfers = Transfers(stop, progress.say, LOCAL_FILES)
     repository, config = found["repository"], found["config"]
     if pin is None:
-        pin = pin_now(transfers, say, spec, repository, found["revision"] or "main", config)
-    return HubSource(repository, config, pin.revision, {file.name: file for file in pin.files}, transfers)
+        pin = pin_now(transfers, progress.say, spec, repository, found["revision"] or "main", config)
+    return HubSource(repository, config, pin, transfers, progress)
 
 
-def fetch_tokenizer(spec: str, stop: Stop, say: Callable[[str], None]) -> Path:
+def fetch_tokenizer(spec: str, stop: Stop, progress: Progress) -> Path:
     """Where TOK's file lies once it is in the Hub's cache."""
     found = TOKENIZER_SPEC.fullmatch(spec)
     if not found:
         raise ValueError(f"{spec}: expected hf://OWNER/NAME[@REVISION]/FILE.model")
-    _quieten(say)
+    _quieten(progress.say)
     repository, revision, file = found["repository"], found["revision"] or "main", found["file"]
     if constants.HF_HUB_OFFLINE:
         path = try_to_load_from_cache(repository, file, revision=revision)
         if not isinstance(path, str):
             raise ValueError(offline(spec, "give a local file: --tokenizer FILE.model"))
         return Path(path)
-    transfers = Transfers(stop, say, "give a local file: --tokenizer FILE.model")
+    transfers = Transfers(stop, progress.say, "give a local file: --tokenizer FILE.model")
     return Path(transfers.call(spec, lambda: hf_hub_download(repository, file, revision=revision)))
 
 
@@ -66,14 +68,21 @@ def fetch_tokenizer(spec: str, stop: Stop, say: Callable[[str], None]) -> Path:
 class Fetched:
     """What a worker sees of the source: what the parent has put on this disk. It never asks the Hub for anything."""
 
-    address: str
-    folder: Path
+    repository: str
+    revision: str
+    folder: Path  # of spans
+    footers: Path
     numbers: dict[str, int]
-    sizes: dict[str, int]
-    whole: dict[str, Path]
+    files: dict[str, SourceFile]
+    snapshot: Path  # of whole files; those of .zst come while the workers are at work
+    whole: set[str]
+
+    @property
+    def address(self) -> str:
+        return f"{HUB}{self.repository}@{self.revision}"
 
     def path(self, name: str) -> Path:
-        return self.whole[name]
+        return self.snapshot / name
 
     def where(self, name: str) -> str:
         return f"{self.address}/{name}"
@@ -82,7 +91,8 @@ class Fetched:
         return 0  # a file of a commit never changes
 
     def footer_path(self, name: str) -> Path:
-        return self.folder / f"{self.numbers[name]}.footer"
+        """Named by what it belongs to, so that one that was kept cannot be taken for another's."""
+        return self.footers / f"{self.numbers[name]}-{self.revision}-{self.files[name].sha256}.footer"
 
     def span_path(self, unit: Unit) -> Path:
         assert unit.groups is not None
@@ -90,49 +100,46 @@ class Fetched:
 
     def parquet(self, unit: Unit) -> pq.ParquetFile:
         if unit.file in self.whole:
-            return open_parquet(self.whole[unit.file])
+            return open_parquet(self.path(unit.file))
         assert unit.groups is not None
         metadata = footer(self.footer_path(unit.file))
-        return open_span(self.span_path(unit), metadata, unit.groups, self.sizes[unit.file])
+        return open_span(self.span_path(unit), metadata, unit.groups, self.files[unit.file].size)
 
 
 class HubSource:
-    """The files of one config at one commit. Spans and footers lie in a temporary folder, or in that of `work_in`."""
+    """The files of one config at one commit. Spans and footers lie in a temporary folder, or in those of `work_in`."""
 
-    def __init__(
-        self, repository: str, config: str | None, revision: str, files: dict[str, SourceFile], transfers: Transfers
-    ) -> None:
-        self.repository, self.config, self.revision = repository, config, revision
-        self.names = sorted(files, key=lambda name: name.encode())
-        self._files, self._transfers = files, transfers
+    def __init__(self, repository: str, config: str | None, pin: Pin, transfers: Transfers, progress: Progress) -> None:
+        self.repository, self.config, self.revision = repository, config, pin.revision
+        self._files = {file.name: file for file in pin.files}
+        self.names = sorted(self._files, key=lambda name: name.encode())
+        self._transfers, self._progress = transfers, progress
+        self._snapshot = cache_of(repository) / "snapshots" / pin.revision
+        self._downloads = Downloads(cache_of(repository) / "blobs")
         self._here: Fetched | None = None
-        self._whole: dict[str, Path] = {}
+        self._whole: set[str] = set()
         self._spans: dict[Unit, tuple[int, int]] = {}
         self._locks: defaultdict[object, threading.Lock] = defaultdict(threading.Lock)
         self._connections = threading.BoundedSemaphore(CONNECTIONS)
         for name in self.names:
-            path = try_to_load_from_cache(repository, name, revision=revision, repo_type="dataset")
-            if isinstance(path, str) and Path(path).stat().st_size == files[name].size:
-                self._whole[name] = Path(path)
+            path = try_to_load_from_cache(repository, name, revision=pin.revision, repo_type="dataset")
+            if isinstance(path, str) and Path(path).stat().st_size == self._files[name].size:
+                self._whole.add(name)
 
     @property
     def address(self) -> str:
-        return f"hf://{self.repository}@{self.revision}"
-
-    @property
-    def spec(self) -> str:
-        """SRC with the commit in it."""
-        return self.address + (f"?config={self.config}" if self.config else "")
+        return f"{HUB}{self.repository}@{self.revision}"
 
     @property
     def folder(self) -> Path:
         return self.fetched().folder
 
-    def work_in(self, folder: Path) -> None:
-        """Keep what is fetched in `folder`, which must be empty, rather than in a temporary one."""
+    def work_in(self, folder: Path, footers: Path) -> None:
+        """Keep what is fetched in `folder`, which must be empty, and in `footers`, where what is there is used."""
         numbers = {name: number for number, name in enumerate(self.names)}
-        sizes = {name: file.size for name, file in self._files.items()}
-        self._here = Fetched(self.address, folder, numbers, sizes, self._whole)
+        self._here = Fetched(
+            self.repository, self.revision, folder, footers, numbers, self._files, self._snapshot, self._whole
+        )
 
     def where(self, name: str) -> str:
         return f"{self.address}/{name}"
@@ -141,16 +148,15 @@ class HubSource:
         return 0
 
     def path(self, name: str) -> Path:
-        """The whole file on this disk; downloaded into the Hub's cache if need be."""
-        with self._locks[name]:
-            if name not in self._whole:
-                self._require_online(name)
-                path = self._transfers.call(
-                    self.where(name),
-                    lambda: hf_hub_download(self.repository, name, revision=self.revision, repo_type="dataset"),
-                )
-                self._whole[name] = self._same_size(name, Path(path))
-            return self._whole[name]
+        """The whole file on this disk; downloaded into the Hub's cache if need be, which the progress line shows."""
+        try:
+            return self._download(name, lambda: self._progress.show(self._downloads.line))
+        finally:
+            self._progress.clear()
+
+    def fetching(self) -> str:
+        """How the whole files come that `fetch` brings just now; empty when there are none."""
+        return self._downloads.line()
 
     def file_size(self, name: str) -> int:
         return self._files[name].size
@@ -164,7 +170,7 @@ class HubSource:
     def metadata(self, name: str) -> pq.FileMetaData:
         """The footer of a parquet file. ValueError when it is none or has no text."""
         if name in self._whole:
-            with open_parquet(self._whole[name]) as file:
+            with open_parquet(self._snapshot / name) as file:
                 return file.metadata
         path = self.fetched().footer_path(name)
         with self._locks[path]:
@@ -173,6 +179,7 @@ class HubSource:
             try:
                 metadata = footer(path)
             except (OSError, pa.ArrowException) as error:
+                path.unlink()
                 raise ValueError(f"{self.where(name)}: not a readable parquet file: {error}") from None
         check_columns(metadata.schema.to_arrow_schema(), self.where(name))
         return metadata
@@ -183,7 +190,7 @@ class HubSource:
     def fetch(self, unit: Unit) -> None:
         """Put what `unit` reads on this disk."""
         if kind_of(unit.file) != ".parquet":
-            self.path(unit.file)
+            self._download(unit.file, lambda: None)
         if unit.file in self._whole:
             return
         path = self.fetched().span_path(unit)
@@ -196,8 +203,10 @@ class HubSource:
 
     def size(self, unit: Unit) -> int:
         """Bytes that `fetch` will bring."""
-        if unit.file in self._whole or unit.groups is None:
+        if unit.file in self._whole:
             return 0
+        if unit.groups is None:
+            return self.file_size(unit.file)
         first, stop = self._span(unit)
         return stop - first
 
@@ -214,7 +223,7 @@ class HubSource:
         with self._locks["folder"]:
             if self._here is None:
                 self._temporary = tempfile.TemporaryDirectory(prefix="prep-hub-")  # removed when this object goes
-                self.work_in(Path(self._temporary.name))
+                self.work_in(Path(self._temporary.name), Path(self._temporary.name))
             assert self._here is not None
             return self._here
 
@@ -225,13 +234,25 @@ class HubSource:
         return self._spans[unit]
 
     def _fetch_footer(self, name: str, path: Path) -> None:
-        size, tail = self._files[name].size, BytesIO()
+        size, tail, whole = self._files[name].size, BytesIO(), BytesIO()
         self._read(name, max(0, size - TAIL), size, tail)
         length = footer_length(tail.getvalue(), self.where(name))
-        aside = path.with_suffix(".part")
-        with aside.open("wb") as sink:
-            self._read(name, max(0, size - length), size, sink)
-        aside.replace(path)
+        self._read(name, max(0, size - length), size, whole)
+        write_durably(path, whole.getvalue())
+
+    def _download(self, name: str, meanwhile: Callable[[], None]) -> Path:
+        with self._locks[name]:
+            if name not in self._whole:
+                self._require_online(name)
+                with self._downloads.of(self._files[name].size):
+                    self._transfers.call(
+                        self.where(name),
+                        lambda: hf_hub_download(self.repository, name, revision=self.revision, repo_type="dataset"),
+                        meanwhile,
+                    )
+                self._check_size(name)
+                self._whole.add(name)
+            return self._snapshot / name
 
     def _read(self, name: str, first: int, stop: int, sink: BinaryIO) -> None:
         self._require_online(name)
@@ -239,15 +260,16 @@ class HubSource:
         file = self._files[name]
         self._transfers.read(self.where(name), url, build_hf_headers(), first, stop, sink, file.size, file.sha256)
 
-    def _same_size(self, name: str, path: Path) -> Path:
-        found, stated = path.stat().st_size, self._files[name].size
+    def _check_size(self, name: str) -> None:
+        found, stated = (self._snapshot / name).stat().st_size, self._files[name].size
         if found != stated:
             raise ValueError(f"{self.where(name)}: has {found} bytes, the Hub's listing says {stated}")
-        return path
 
     def _require_online(self, name: str) -> None:
         if constants.HF_HUB_OFFLINE:
-            raise ValueError(offline(self.where(name), LOCAL_FILES))
+            missing = [name for name in self.names if name not in self._whole]
+            what = f"{self.address}: {len(missing)} of its {len(self.names)} files, the first of them {missing[0]}"
+            raise ValueError(offline(what, LOCAL_FILES))
 
 
 def _quieten(say: Callable[[str], None]) -> None:

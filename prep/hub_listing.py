@@ -32,7 +32,7 @@ def pin_now(
     commit = revision if COMMIT.fullmatch(revision) else _commit_of(transfers, spec, repository, revision)
     patterns = patterns_of(_configs(transfers, spec, repository, commit), config, spec)
     if constants.HF_HUB_OFFLINE:
-        files = list(_cached_files(_cache_of(repository), commit, say))
+        files = list(_cached_files(cache_of(repository), commit, say))
     else:
         files = [
             file
@@ -96,7 +96,7 @@ def _commit_of(transfers: Transfers, spec: str, repository: str, revision: str) 
     if not constants.HF_HUB_OFFLINE:
         return str(transfers.call(spec, lambda: HfApi().dataset_info(repository, revision=revision).sha))
     try:
-        return (_cache_of(repository) / "refs" / revision).read_text()
+        return (cache_of(repository) / "refs" / revision).read_text()
     except OSError:
         raise ValueError(offline(f"{spec}: the commit of {revision}", LOCAL_FILES)) from None
 
@@ -136,7 +136,8 @@ def _listed_files(transfers: Transfers, spec: str, repository: str, commit: str,
             yield SourceFile(item.path, item.size, item.lfs.sha256 if item.lfs else "")
 
 
-def _cache_of(repository: str) -> Path:
+def cache_of(repository: str) -> Path:
+    """Where the Hub's client keeps what it has of a dataset."""
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="dataset")
 
 

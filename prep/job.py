@@ -11,13 +11,27 @@ from prep.sources import HUB, LocalSource, Pin, open_source
 from prep.split_writer import FINISHED, ROWS
 from prep.writer import JOURNAL, journal_config, write_journal
 from shared.durable import fsync_folder
-from shared.manifest import BUILD, MANIFEST, Manifest, SourceFile, load_build, load_manifest
+from shared.manifest import (
+    BUILD,
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    Skipped,
+    Source,
+    SourceFile,
+    Split,
+    load_build,
+    load_manifest,
+)
+from shared.progress import Progress
+from shared.stop import Stop
 from shared.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from prep.hub import HubSource
 
 DOWNLOAD = "download"  # what was fetched from the Hub for the units under way
+FOOTERS = "footers"  # those of its parquet files, which every start needs
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,30 @@ class Job:
             "source files": _as_lists(self.files),
             "source": source_name(self.source.repository, self.source.config, self.source.revision),
         }
+
+    def manifest(self, splits: dict[str, Split], skipped: Skipped) -> Manifest:
+        """Of the finished data set; its id waits for `shared.manifest.seal`."""
+        source, settings = self.source, self.settings
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            source=Source(
+                kind="files" if source.repository is None else "hf",
+                repository=source.repository,
+                config=source.config,
+                revision=source.revision,
+                files=self.files,
+                order=settings.order,
+                seed=settings.seed,
+                unit_bytes=settings.unit_bytes,
+                holdout_threshold=str(settings.holdout_threshold()),
+            ),
+            tokenizer=self.tokenizer.identity,
+            sequence_length=settings.sequence_length,
+            shard_tokens=settings.shard_tokens,
+            splits=splits,
+            skipped=skipped,
+            id="",
+        )
 
 
 def findable(spec: str) -> str:
@@ -89,16 +127,18 @@ def _pinned(spec: str, folder: Path) -> Pin | None:
     return Pin(source.revision, source.files)
 
 
-def reopen(folder: Path, manifest: Manifest, spec: str | None) -> "LocalSource | HubSource":
+def reopen(
+    folder: Path, manifest: Manifest, spec: str | None, *, stop: Stop | None = None, progress: Progress | None = None
+) -> "LocalSource | HubSource":
     """The source of the finished data set in `folder`: where `spec` says, by default where the data set says."""
     source = manifest.source
     if spec is None and source.revision is not None:
         name = source_name(source.repository, source.config, source.revision)
-        return open_source(name, pin=Pin(source.revision, source.files))
+        return open_source(name, pin=Pin(source.revision, source.files), stop=stop, progress=progress)
     spec = spec or load_build(folder).get("source")
     if spec is None:
         raise ValueError(f"{folder / BUILD}: does not say where the source is; give --source")
-    return open_source(spec)
+    return open_source(spec, stop=stop, progress=progress)
 
 
 def prepare(job: Job, restart: bool) -> None:
@@ -116,7 +156,7 @@ def prepare(job: Job, restart: bool) -> None:
     folder.mkdir(exist_ok=True)
     if not (folder / JOURNAL).exists() and not (folder / MANIFEST).exists():
         write_journal(folder, {"config": {**job.config(), "spec": job.spec, "revision": job.source.revision}})
-    discard_download(folder)
+    discard(folder / DOWNLOAD)
 
 
 def finished(source: "LocalSource | HubSource", settings: Settings, tokenizer: Tokenizer, out: Path) -> Manifest | None:
@@ -180,18 +220,19 @@ def check_same(before: dict[str, Any], now: dict[str, Any], where: str, advice: 
             raise ValueError(f"{where} {field.replace('_', ' ')}{was}{is_}; give the same one, or {advice}")
 
 
-def discard_download(folder: Path) -> None:
+def discard(folder: Path) -> None:
     """Remove what was fetched. It is renamed first, so that a thread which still fetches cannot put anything in it."""
-    gone = folder / (DOWNLOAD + ".gone")
+    gone = folder.with_name(folder.name + ".gone")
     shutil.rmtree(gone, ignore_errors=True)
-    if (folder / DOWNLOAD).exists():
-        (folder / DOWNLOAD).rename(gone)
+    if folder.exists():
+        folder.rename(gone)
         shutil.rmtree(gone)
 
 
 def publish(job: Job) -> Manifest:
     """Give a whole data set its name. What may be left of a former try is removed first."""
-    discard_download(job.partial)
+    discard(job.partial / DOWNLOAD)
+    discard(job.partial / FOOTERS)
     for path in [*job.partial.glob(f"*/{ROWS}"), *job.partial.glob(f"*/{FINISHED}")]:
         path.unlink()
         fsync_folder(path.parent)

@@ -7,7 +7,6 @@ whatever the order in which they are done, so the bytes do not depend on the num
 import multiprocessing
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
@@ -23,7 +22,8 @@ from prep import worker
 from prep.ahead import Ahead
 from prep.encoder import Encoder
 from prep.forecast import forecast_source
-from prep.job import DOWNLOAD, Job, findable, finished, hash_files, pin_of, prepare, publish
+from prep.job import DOWNLOAD, FOOTERS, Job, findable, finished, hash_files, pin_of, prepare, publish
+from prep.pace import Pace
 from prep.plan import Plan, Settings, Step
 from prep.sources import LocalSource, all_units, open_source
 from prep.worker import Result, Worker
@@ -31,17 +31,15 @@ from prep.writer import JOURNAL, Writer
 from shared.durable import exclusive, require_space, write_durably
 from shared.manifest import (
     BUILD,
-    FORMAT_VERSION,
     MANIFEST,
     TOKENIZER,
     Manifest,
     Skipped,
-    Source,
     manifest_dict,
     seal,
     text_of,
 )
-from shared.progress import Progress, duration
+from shared.progress import Progress
 from shared.provenance import provenance, utc_now
 from shared.shards import TOKEN_BYTES
 from shared.stop import Stop
@@ -73,7 +71,7 @@ def build(
     """
     out = out.absolute()
     progress = Progress()
-    source = open_source(spec, pin=pin_of(spec, out, restart), stop=stop, say=progress.say)
+    source = open_source(spec, pin=pin_of(spec, out, restart), stop=stop, progress=progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(out.with_name(out.name + ".lock"), "prep tokenize"):
         if manifest := finished(source, settings, tokenizer, out):
@@ -107,7 +105,8 @@ class _Build:
         settings, source = job.settings, job.source
         if not isinstance(source, LocalSource):
             (job.partial / DOWNLOAD).mkdir()
-            source.work_in(job.partial / DOWNLOAD)
+            (job.partial / FOOTERS).mkdir(exist_ok=True)
+            source.work_in(job.partial / DOWNLOAD, job.partial / FOOTERS)
         self.budget = settings.budget()
         self.plan = Plan(all_units(source, settings.unit_bytes), settings.order, settings.seed)
         self.encoder = Encoder(job.tokenizer)
@@ -116,35 +115,39 @@ class _Build:
         self.writer = Writer(job.partial, self.budget, settings.shard_tokens, self.encoder.text_bytes)
         left = self._left()
         require_space(job.partial, left * TOKEN_BYTES, f"building {job.out.name}")
-        self.began = time.monotonic()
-        self.seconds_before = self.writer.seconds
         self.done_before = sum(self.budget.values()) - left
-        self.text_bytes = 0
+        self.pace = Pace(sum(self.budget.values()), self.done_before, self.writer.seconds)
 
     def run(self) -> Manifest:
         with self._executor() as pool:
             self._announce()
-            ahead = Ahead(self.job.source, pool, self.workers, self._left())
-            for step, result in self._results(ahead):
-                self.text_bytes += result.text_bytes
-                cursor = self.plan.after(step, result.next_row)
-                with _writing(self.job.partial):
-                    self.writer.commit(result, step.unit.file, cursor, self._seconds())
-                ahead.written(step, result.next_row, self._left())
-                if cursor.track != step.track:
-                    ahead.release(step.unit)
-                self.progress.show(self._line)
-                if self.writer.room.full:
-                    break
-                self._check_stop()
-            ahead.close()
-            self.progress.show(self._line, now=True)
-            self.progress.clear()
+            try:
+                self._fill(pool)
+            finally:
+                self.progress.clear()
             self.writer.close()
             if not self.writer.room.full:
                 raise ValueError(self._too_small())
             with _writing(self.job.partial):
                 return self._finish()
+
+    def _fill(self, pool: Executor) -> None:
+        """Write results, in order, until the splits are full or the source ends."""
+        ahead = Ahead(self.job.source, pool, self.workers, self._left())
+        for step, result in self._results(ahead):
+            self.pace.text_bytes += result.text_bytes
+            cursor = self.plan.after(step, result.next_row)
+            with _writing(self.job.partial):
+                self.writer.commit(result, step.unit.file, cursor, self.pace.seconds())
+            ahead.written(step, result.next_row, self._left())
+            if cursor.track != step.track:
+                ahead.release(step.unit)
+            self.progress.show(self._line)
+            if self.writer.room.full:
+                break
+            self._check_stop()
+        ahead.close()
+        self.progress.show(self._line, now=True)
 
     @contextmanager
     def _executor(self) -> Iterator[Executor]:
@@ -204,15 +207,10 @@ class _Build:
         return sum(self.writer.room.left.values())
 
     def _line(self) -> str:
-        total = sum(self.budget.values())
-        done = total - self._left()
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        rate = (done - self.done_before) / seconds
-        left = duration((total - done) / rate) if rate else "?"
-        return (  # 77 columns for the whole job
-            f"{done / 1e6:.1f}/{total / 1e6:.1f} M tokens {done / total:.1%} · {rate / 1e6:.2f} M tokens/s · "
-            f"{self.text_bytes / seconds / 1e6:.1f} MB/s · {left} left"
-        ) + self._under_way()
+        done, fetching = self.pace.total - self._left(), self.job.source.fetching()
+        if fetching and done == self.done_before:
+            return fetching  # which alone tells that something goes on
+        return " · ".join(part for part in (self.pace.line(done), self._under_way(), fetching) if part)
 
     def _under_way(self) -> str:
         """How the work flows on a cluster: nothing new is handed out while much waits to be written."""
@@ -220,10 +218,7 @@ class _Build:
             return ""
         waiting = sum(future.done() for _, future in self.pending)
         in_flight = len(self.pending) - waiting
-        return f" · {len(self.cluster.present)} workers, {in_flight} in flight, {waiting} waiting to be written"
-
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.began
+        return f"{len(self.cluster.present)} workers, {in_flight} in flight, {waiting} waiting to be written"
 
     def _too_small(self) -> str:
         length = self.job.settings.sequence_length
@@ -240,31 +235,12 @@ class _Build:
 
     def _finish(self) -> Manifest:
         """Write what closes the data set, manifest.json last, and put it in its place."""
-        job, settings, folder = self.job, self.job.settings, self.job.partial
+        job, folder = self.job, self.job.partial
         splits, indexes = {}, {}
         for name, writer in self.writer.splits.items():
             splits[name], stated = writer.finish(self._wanted()[name])
             indexes.update(stated)
-        unsealed = Manifest(
-            format_version=FORMAT_VERSION,
-            source=Source(
-                kind="files" if job.source.repository is None else "hf",
-                repository=job.source.repository,
-                config=job.source.config,
-                revision=job.source.revision,
-                files=job.files,
-                order=settings.order,
-                seed=settings.seed,
-                unit_bytes=settings.unit_bytes,
-                holdout_threshold=str(settings.holdout_threshold()),
-            ),
-            tokenizer=job.tokenizer.identity,
-            sequence_length=settings.sequence_length,
-            shard_tokens=settings.shard_tokens,
-            splits=splits,
-            skipped=Skipped(**self.writer.skipped),
-            id="",
-        )
+        unsealed = job.manifest(splits, Skipped(**self.writer.skipped))
         write_durably(folder / TOKENIZER, job.tokenizer.model)
         write_durably(folder / BUILD, text_of(seal(self._build_record(indexes), "sha256")))
         write_durably(folder / MANIFEST, text_of(seal(manifest_dict(unsealed), "id")))
@@ -274,7 +250,7 @@ class _Build:
     def _build_record(self, indexes: dict[str, Any]) -> dict[str, Any]:
         return {
             "finished": utc_now(),
-            "seconds": round(self._seconds(), 3),
+            "seconds": round(self.pace.seconds(), 3),
             "starts": self.writer.starts,
             "workers": self.workers,
             "executor": self.executor,

@@ -8,7 +8,6 @@ must have the manifest's hash before it takes the place of the bad file.
 
 import hashlib
 import shutil
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +28,7 @@ from prep.verify import verify
 from shared.durable import exclusive, fsync_folder, sha256_file, write_durably
 from shared.index import ContentHash, Document, documents_between, read_index
 from shared.manifest import BUILD, MANIFEST, TOKENIZER, Manifest, Split, load_build, load_manifest, seal, text_of
+from shared.progress import Progress
 from shared.provenance import provenance, utc_now
 from shared.shards import Shard, shard_header
 from shared.stop import Stop
@@ -42,19 +42,11 @@ BATCH = 512  # documents encoded at once
 
 
 class Repair:
-    """One repair of the data set in `folder`. `say` shows a line for each file that was made whole."""
+    """One repair of the data set in `folder`. It prints a line for each file that was made whole."""
 
-    def __init__(
-        self,
-        folder: Path,
-        source: str | None,
-        tokenizer: str | None,
-        workers: int,
-        stop: Stop,
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, folder: Path, source: str | None, tokenizer: str | None, workers: int, stop: Stop) -> None:
         self.folder, self._spec, self._tokenizer = folder.absolute(), source, tokenizer
-        self._workers, self._stop, self._say = workers, stop, say
+        self._workers, self._stop, self._progress = workers, stop, Progress()
         self._aside = self.folder.with_name(self.folder.name + ".repair")
 
     def run(self) -> list[str]:
@@ -110,7 +102,7 @@ class Repair:
                 raise ValueError(f"{self.folder / file}: not part of this data set, and {target} exists; move one away")
             target.parent.mkdir(parents=True, exist_ok=True)
             (self.folder / file).rename(target)
-            self._say(f"{file}: not part of this data set; moved to {target}")
+            self._progress.say(f"{file}: not part of this data set; moved to {target}")
 
     def _repair_tokenizer(self) -> None:
         spec = self._tokenizer or self._recorded("tokenizer")
@@ -118,7 +110,8 @@ class Repair:
             raise ValueError(
                 f"{self.folder / TOKENIZER}: bad, and where it came from is not recorded; give --tokenizer"
             )
-        model = load_tokenizer(tokenizer_file(spec, stop=self._stop, say=self._say), self._manifest.tokenizer.sha256)
+        path = tokenizer_file(spec, stop=self._stop, progress=self._progress)
+        model = load_tokenizer(path, self._manifest.tokenizer.sha256)
         self._replace(TOKENIZER, model.model)
 
     def _recorded(self, key: str) -> Any:
@@ -141,14 +134,17 @@ class Repair:
         return intact and not path.is_symlink() and content.hexdigest() == split.index.content_sha256
 
     def _repair_shards(self, files: list[str]) -> None:
-        source = reopen(self.folder, self._manifest, self._spec) if files else None
+        source = self._open_source() if files else None
         for file in files:
             self._stop.check(f"{self.folder}: interrupted; prep repair goes on with the rest")
             assert source is not None
             self._replace(file, self._encode(source, file))
 
+    def _open_source(self) -> "LocalSource | HubSource":
+        return reopen(self.folder, self._manifest, self._spec, stop=self._stop, progress=self._progress)
+
     def _repair_indexes(self, splits: list[str]) -> None:
-        source = reopen(self.folder, self._manifest, self._spec)
+        source = self._open_source()
         for name, batches in reindex(self.folder, self._manifest, source, splits, self._stop).items():
             stated = self._manifest.splits[name].index
             with TemporaryDirectory(dir=self.folder.parent, prefix=f"{self.folder.name}.repair-") as aside:
@@ -174,7 +170,8 @@ class Repair:
         spec = self._spec or pinned or self._recorded("source")
         if spec is None:
             raise ValueError(f"{self.folder / BUILD}: does not say where the source is; give --source")
-        self._say(f"{', '.join(files)}: only the whole build can tell what belongs there; building {self._aside}")
+        bad = ", ".join(files)
+        self._progress.say(f"{bad}: only the whole build can tell what belongs there; building {self._aside}")
         tokenizer = load_tokenizer(self.folder / TOKENIZER, manifest.tokenizer.sha256)
         shutil.rmtree(self._aside, ignore_errors=True)  # of a repair that was killed
         built = build(spec, tokenizer, settings, self._aside, workers=self._workers, restart=True, stop=self._stop)
@@ -183,7 +180,7 @@ class Repair:
                 self._replace(file, (self._aside / file).read_bytes())
         shutil.rmtree(self._aside)
         if built.splits != manifest.splits:
-            raise ValueError(f"{', '.join(files)}: {WRONG_SOURCE}")
+            raise ValueError(f"{bad}: {WRONG_SOURCE}")
 
     def _encode(self, source: "LocalSource | HubSource", file: str) -> bytes:
         """The bytes of a shard, from the texts of its documents."""
@@ -216,7 +213,7 @@ class Repair:
         path.parent.mkdir(exist_ok=True)
         write_durably(path, data)
         fsync_folder(self.folder)
-        self._say(f"{file}: made anew")
+        self._progress.say(f"{file}: made anew")
 
     def _write_build(self, bad: list[str]) -> None:
         """State the indexes' own bytes anew, where build.json is bad or they were made with another library."""

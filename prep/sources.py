@@ -4,7 +4,6 @@
 """
 
 import glob
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from prep.lines import READ_BYTES, chunks_of
 from shared.durable import sha256_file
 from shared.manifest import SourceFile
+from shared.progress import Progress
 from shared.stop import Stop
 
 if TYPE_CHECKING:
@@ -102,6 +102,12 @@ class LocalSource:
     def fetch(self, unit: Unit) -> None:
         """Nothing to do: it is here."""
 
+    def size(self, unit: Unit) -> int:
+        return 0
+
+    def fetching(self) -> str:
+        return ""
+
     def release(self, unit: Unit) -> None:
         """Nothing to do: it stays here."""
 
@@ -110,16 +116,16 @@ class LocalSource:
 
 
 def open_source(
-    spec: str, *, pin: Pin | None = None, stop: Stop | None = None, say: Callable[[str], None] = print
+    spec: str, *, pin: Pin | None = None, stop: Stop | None = None, progress: Progress | None = None
 ) -> "LocalSource | HubSource":
     """The files that SRC names: one file, a directory (with its subdirectories), a glob, or a dataset on the Hub.
 
-    Of the Hub only: `pin` is what an earlier start found; waiting for the network ends at `stop` and is told by `say`.
+    Of the Hub only: `pin` is what an earlier start found; waiting for the network ends at `stop`, `progress` shows it.
     """
     if spec.startswith(HUB):
         from prep.hub import open_hub
 
-        return open_hub(spec, pin, Stop() if stop is None else stop, say)
+        return open_hub(spec, pin, Stop() if stop is None else stop, progress or Progress())
     path = Path(spec).expanduser()
     if path.is_file():
         if kind_of(path.name) is None:
@@ -138,13 +144,13 @@ def open_source(
     return LocalSource(root.resolve(), sorted(names, key=lambda name: name.encode()))
 
 
-def tokenizer_file(spec: str, *, stop: Stop | None = None, say: Callable[[str], None] = print) -> Path:
+def tokenizer_file(spec: str, *, stop: Stop | None = None, progress: Progress | None = None) -> Path:
     """The .model file that TOK names, on this disk."""
     if not spec.startswith(HUB):
         return Path(spec).expanduser()
     from prep.hub import fetch_tokenizer
 
-    return fetch_tokenizer(spec, Stop() if stop is None else stop, say)
+    return fetch_tokenizer(spec, Stop() if stop is None else stop, progress or Progress())
 
 
 def kind_of(name: str) -> str | None:

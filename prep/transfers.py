@@ -59,12 +59,15 @@ class Transfers:
         self._closed_until = 0.0  # by a rate limit
         self._ended = False
 
-    def call(self, what: str, request: Callable[[], T]) -> T:
-        """`request()`, which calls a function of huggingface_hub; its errors are told apart by what to do next."""
+    def call(self, what: str, request: Callable[[], T], meanwhile: Callable[[], None] = lambda: None) -> T:
+        """`request()`, which calls a function of huggingface_hub; its errors are told apart by what to do next.
+
+        It runs in a thread; `meanwhile` is called every POLL seconds.
+        """
 
         def attempt() -> T:
             try:
-                return self._awaited(in_background(request))
+                return self._awaited(in_background(request), meanwhile)
             except hub_errors() as error:
                 if _is_of_the_disk(error):
                     raise
@@ -175,9 +178,10 @@ class Transfers:
             self._check_stop()
             self._sleep(min(left, POLL))
 
-    def _awaited(self, future: "Future[T]") -> T:
+    def _awaited(self, future: "Future[T]", meanwhile: Callable[[], None]) -> T:
         while not wait([future], timeout=POLL).done:
             self._check_stop()
+            meanwhile()
         return future.result()
 
     def close(self) -> None:

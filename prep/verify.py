@@ -21,6 +21,7 @@ from prep.scan import Positions, ShardScan
 from shared.durable import sha256_file
 from shared.index import ContentHash, index_name, read_index
 from shared.manifest import BUILD, MANIFEST, TOKENIZER, Manifest, Problem, check_files, load_build, load_manifest
+from shared.progress import Progress
 from shared.tokenizer import Tokenizer, has_dummy_prefix, load_tokenizer, piece_bytes
 
 
@@ -40,10 +41,11 @@ class Result:
         return {"ok": self.ok, "id": self.id, "bad": [asdict(problem) for problem in self.bad]}
 
 
-def verify(folder: Path, *, deep: int = 0, source: str | None = None) -> Result:
+def verify(folder: Path, *, deep: int = 0, source: str | None = None, progress: Progress | None = None) -> Result:
     """Check every file of a data set; with `deep`, also count its text anew and encode that many documents anew.
 
-    --deep reads `source`, by default what build.json says the data set was made from. Memory: 32 bytes a document.
+    --deep reads `source`, by default what build.json says the data set was made from; `progress` shows what it waits
+    for. Memory: 32 bytes a document.
     ValueError when there is no folder, or not the source for --deep; what is wrong with the data set is in the result.
     """
     if not folder.is_dir():
@@ -73,7 +75,8 @@ def verify(folder: Path, *, deep: int = 0, source: str | None = None) -> Result:
     reencoded = 0
     if deep and tokenizer and not bad:
         note([problem for split in manifest.splits for problem in _check_text_bytes(split, manifest, scans, tokenizer)])
-        reencoded, problems = reencode(folder, manifest, tokenizer, reopen(folder, manifest, source), deep)
+        texts = reopen(folder, manifest, source, progress=progress)
+        reencoded, problems = reencode(folder, manifest, tokenizer, texts, deep)
         note(problems)
     return Result(manifest.id, sorted(bad.values(), key=_file), reencoded)
 

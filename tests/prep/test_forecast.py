@@ -101,6 +101,25 @@ def test_the_hub_is_planned_without_reading_a_unit(tmp_path: Path) -> None:
     assert f"of {plan['units_listed']} units" in done.stdout and "to download  about" in done.stdout
 
 
+def test_text_on_the_hub_is_planned_without_downloading_it(tmp_path: Path) -> None:
+    lines = (SOURCE / "prose.jsonl").read_bytes()
+    content = {"a.jsonl": lines * 20, "b.jsonl": lines * 30, "c.txt": b"x\n" * 9999}
+    hub = Hub({"O/texts": Repository("datasets", {COMMIT: content}, {"main": COMMIT})})
+    with serving(hub):
+        arguments = plan_arguments("hf://O/texts", tmp_path / "out", train_sequences=500, workers=2)
+        told = prep(*arguments, "--json", env=environment(hub, tmp_path))
+        assert told.returncode == 0, told.stderr
+        assert not hub.served.keys() & content.keys()
+        plan = json.loads(told.stdout)
+        assert plan["download_bytes"] == sum(map(len, content.values())), "the build counts the lines of all"
+        assert plan["enough"] and plan["documents"] is None and plan["units_listed"] == 3
+        done = prep("tokenize", *arguments[1:], env=environment(hub, tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert sum(hub.served[name] for name in content) == plan["download_bytes"]
+        again = json.loads(prep(*arguments, "--json", env=environment(hub, tmp_path)).stdout)
+    assert again["download_bytes"] == 0 and again["documents"] > 0, "once it is here its lines are counted"
+
+
 def test_what_is_wrong_is_told_before_it_is_built(tmp_path: Path) -> None:
     assert "no such file" in one_line_error(prep(*plan_arguments(tmp_path / "none", tmp_path / "out")), 1)
     bad = plan_arguments(SOURCE, tmp_path / "out", tokenizer=SOURCE / "lines.txt")

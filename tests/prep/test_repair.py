@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +15,8 @@ import pytest
 
 from prep.verify import verify
 from tests.prep.builds import GOLDEN, ROOT, SOURCE, TOKENIZER, bytes_of, one_line_error, prep, tokenize_arguments
-from tests.prep.hub_builds import environment, hub_of, hub_tokenize, write_files
-from tests.prep.hub_server import serving
+from tests.prep.hub_builds import environment, hub_of, hub_tokenize, spans, write_files
+from tests.prep.hub_server import Fault, serving
 
 TRAIN, VAL = "train/documents.parquet", "val/documents.parquet"
 
@@ -152,7 +154,7 @@ def test_nothing_is_encoded_where_all_shards_are_good(damage: str, data: Path, m
 
     monkeypatch.setattr(Encoder, "encode", refuse)
     DAMAGES[damage](data)
-    assert repair.Repair(data, None, None, 1, Stop(), print).run()
+    assert repair.Repair(data, None, None, 1, Stop()).run()
     assert verify(data).ok
 
 
@@ -176,6 +178,26 @@ def test_a_repair_that_is_killed_anywhere_is_taken_up_again(data: Path, whole: P
         done = prep("repair", folder)
         assert done.returncode == 0, done.stderr
         assert bytes_of(folder) == bytes_of(whole)
+
+
+def test_a_signal_ends_a_wait_for_the_hub(tmp_path: Path) -> None:
+    write_files(tmp_path / "files")
+    with serving(hub_of(tmp_path / "files")) as hub:
+        env = environment(hub, tmp_path)
+        assert hub_tokenize(hub, tmp_path / "data", env=env).returncode == 0
+        flip(tmp_path / "data" / "train/00002.npy")
+        hub.faults.append(lambda r: Fault(429, {"Retry-After": "500"}) if spans(r) else None)
+        command = [sys.executable, "-m", "prep", "repair", str(tmp_path / "data")]
+        with subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            while "waiting 8 min 20 s" not in (line := process.stdout.readline()):
+                assert line, process.communicate()
+            process.send_signal(signal.SIGTERM)
+            threading.Timer(10, process.kill).start()
+            _, stderr = process.communicate()
+    assert process.returncode == 75 and stderr.count("\n") == 1, stderr
 
 
 def test_from_the_hub_only_what_the_shard_needs_is_fetched(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from tests.prep.hub_builds import (
     spans,
     write_files,
 )
-from tests.prep.hub_server import Fault, Hub, once, serving
+from tests.prep.hub_server import Fault, Hub, Request, once, serving
 
 
 def test_a_tenth_of_the_corpus_fetches_little_more_than_a_tenth_of_its_bytes(
@@ -74,13 +75,53 @@ def test_a_killed_build_goes_on_without_fetching_what_it_has(tmp_path: Path, hub
     hub.repositories[FINEWEB].branches["main"] = NEWER  # whose files are others: it has none
     again = prep(*arguments, env=environment(hub, tmp_path))
     assert again.returncode == 0, again.stderr
-    assert bytes_of(tmp_path / "out") == whole and sorted(path.name for path in tmp_path.iterdir()) == [
-        "hf-home",
-        "out",
-    ]
+    assert bytes_of(tmp_path / "out") == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf-home", "out"]
     fetched = {(name, first) for name in {r.name or "" for r in hub.requests} for first, _ in hub.ranges(name)}
     assert len(done_before) >= 3 and not fetched & done_before
+    assert not any(map(of_a_footer(hub), hub.requests)), "footers are kept"
     assert prep(*arguments, env=environment(hub, tmp_path)).stdout.count("already complete") == 1
+
+
+def of_a_footer(hub: Hub) -> Callable[[Request], bool]:
+    """Whether a request asks for a parquet file's end, which no unit has."""
+    sizes = {name: len(content) for name, content in hub.repositories[FINEWEB].commits[COMMIT].items()}
+    return lambda r: r.range is not None and r.range[1] == sizes.get(r.name or "")
+
+
+def interrupted(hub: Hub, folder: Path) -> Path:
+    """A build that has all footers and was refused its units: the folder of its footers."""
+    hub.faults.append(lambda r: Fault(403) if spans(r) and not of_a_footer(hub)(r) else None)
+    one_line_error(hub_tokenize(hub, folder / "out"), 1)
+    hub.faults.clear()
+    hub.requests.clear()
+    return folder / "out.partial" / "footers"
+
+
+def test_only_the_footers_that_are_missing_are_fetched_again(tmp_path: Path, hub: Hub, whole: dict[str, bytes]) -> None:
+    first, *others = sorted(interrupted(hub, tmp_path).iterdir())
+    assert len(others) == 2 and all(COMMIT in path.name for path in others)
+    first.unlink()
+    assert hub_tokenize(hub, tmp_path / "out").returncode == 0
+    assert bytes_of(tmp_path / "out") == whole
+    again = {r.name for r in filter(of_a_footer(hub), hub.requests)}
+    assert again == {"sample/10BT/000_00000.parquet"}
+
+
+def test_a_footer_of_another_file_is_not_used(tmp_path: Path, hub: Hub, whole: dict[str, bytes]) -> None:
+    for path in interrupted(hub, tmp_path).iterdir():  # as a file with the same name and another sha256 left it
+        number, commit, sha256 = path.stem.split("-")
+        path.rename(path.with_name(f"{number}-{commit}-{sha256[::-1]}.footer"))
+    assert hub_tokenize(hub, tmp_path / "out").returncode == 0
+    assert bytes_of(tmp_path / "out") == whole
+    assert len({r.name for r in filter(of_a_footer(hub), hub.requests)}) == 3
+
+
+def test_a_damaged_footer_is_told_and_fetched_by_the_next_start(tmp_path: Path, hub: Hub) -> None:
+    first = min(interrupted(hub, tmp_path).iterdir())
+    first.write_bytes(first.read_bytes()[:-1] + b"x")
+    assert "000_00000.parquet: not a readable parquet file" in one_line_error(hub_tokenize(hub, tmp_path / "out"), 1)
+    assert hub_tokenize(hub, tmp_path / "out").returncode == 0
 
 
 def planned(hub: Hub, home: Path) -> list[tuple[str, int, str]]:

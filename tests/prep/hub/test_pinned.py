@@ -15,7 +15,7 @@ from tests.prep.hub_builds import (
     hub_tokenize,
     spans,
 )
-from tests.prep.hub_server import Fault, Hub
+from tests.prep.hub_server import Fault, Hub, once
 
 
 def test_a_moved_branch_does_not_change_a_build_but_a_new_one(
@@ -57,3 +57,15 @@ def test_verify_deep_reads_the_hub_at_the_pinned_commit(tmp_path: Path, hub: Hub
     hub.repositories[FINEWEB].branches.clear()
     done = prep("verify", tmp_path / "out", "--deep", 20, env=environment(hub, tmp_path))
     assert done.returncode == 0 and "20 documents" in done.stdout, done.stderr
+
+
+def test_one_json_object_is_all_that_verify_prints_while_it_waits(tmp_path: Path, hub: Hub) -> None:
+    assert hub_tokenize(hub, tmp_path / "out").returncode == 0
+    hub.faults.append(once(Fault(429, {"Retry-After": "1"}), spans))
+    for extra in ([], ["--json"]):
+        done = prep("verify", tmp_path / "out", "--deep", 20, *extra, env=environment(hub, tmp_path))
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        if not extra:
+            assert "rate limit (429): waiting 1 s" in done.stdout
+            hub.faults.append(once(Fault(429, {"Retry-After": "1"}), spans))
+    assert json.loads(done.stdout)["ok"]
