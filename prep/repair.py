@@ -18,13 +18,14 @@ import pyarrow as pa
 
 from prep.deep import texts_of
 from prep.encoder import Encoder
-from prep.job import reopen, source_name
+from prep.job import config_of, reopen, source_name
 from prep.pipeline import build
 from prep.plan import Settings
 from prep.reindex import reindex
 from prep.sources import LocalSource, tokenizer_file
 from prep.split_writer import write_index
 from prep.verify import verify
+from prep.writer import journal_config
 from shared.durable import exclusive, fsync_folder, sha256_file, write_durably
 from shared.index import ContentHash, Document, documents_between, read_index
 from shared.manifest import BUILD, MANIFEST, TOKENIZER, Manifest, Split, load_build, load_manifest, seal, text_of
@@ -154,7 +155,7 @@ class Repair:
                 self._replace(stated.file, path.read_bytes())
 
     def _rebuild(self, files: list[str]) -> None:
-        """Make the whole data set again beside the bad one, and take `files` from it."""
+        """Make the whole data set again beside the bad one, and take `files` from it. It goes on after a kill."""
         manifest, source = self._manifest, self._manifest.source
         val = manifest.splits.get("val")
         settings = Settings(
@@ -174,7 +175,9 @@ class Repair:
         self._progress.say(f"{bad}: only the whole build can tell what belongs there; building {self._aside}")
         tokenizer = load_tokenizer(self.folder / TOKENIZER, manifest.tokenizer.sha256)
         shutil.rmtree(self._aside, ignore_errors=True)  # of a repair that was killed
-        built = build(spec, tokenizer, settings, self._aside, workers=self._workers, restart=True, stop=self._stop)
+        before = journal_config(self._aside.with_name(self._aside.name + ".partial")) or {}
+        other = any(before.get(field) != value for field, value in config_of(manifest).items())
+        built = build(spec, tokenizer, settings, self._aside, workers=self._workers, restart=other, stop=self._stop)
         if built.splits == manifest.splits:
             for file in files:
                 self._replace(file, (self._aside / file).read_bytes())

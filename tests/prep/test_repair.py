@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prep.verify import verify
+from prep.writer import journal_config
 from tests.prep.builds import GOLDEN, ROOT, SOURCE, TOKENIZER, bytes_of, one_line_error, prep, tokenize_arguments
 from tests.prep.hub_builds import environment, hub_of, hub_tokenize, spans, write_files
 from tests.prep.hub_server import Fault, serving
@@ -178,6 +180,33 @@ def test_a_repair_that_is_killed_anywhere_is_taken_up_again(data: Path, whole: P
         done = prep("repair", folder)
         assert done.returncode == 0, done.stderr
         assert bytes_of(folder) == bytes_of(whole)
+
+
+def test_a_rebuild_that_was_interrupted_goes_on(data: Path, whole: Path) -> None:
+    DAMAGES["a shard and the index of its split"](data)
+    partial = data.with_name("data.repair.partial")
+    command = [sys.executable, "-m", "prep", "repair", str(data), "--workers", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not (journal_config(partial) and json.loads((partial / "journal.json").read_bytes()).get("cursor")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75 and "same command goes on" in stderr
+    done = prep("repair", data)
+    assert done.returncode == 0 and "data.repair.partial: going on at" in done.stdout, done.stderr
+    assert bytes_of(data) == bytes_of(whole)
+    assert [path.name for path in data.parent.iterdir()] == ["data"]
+
+
+def test_what_another_rebuild_left_is_discarded(data: Path, whole: Path) -> None:
+    arguments = tokenize_arguments(SOURCE, data.with_name("data.repair"), train_sequences=10**6)
+    one_line_error(prep(*arguments), 1)
+    assert data.with_name("data.repair.partial").exists()
+    DAMAGES["a shard and the index of its split"](data)
+    done = prep("repair", data)
+    assert done.returncode == 0 and "going on" not in done.stdout, done.stderr
+    assert bytes_of(data) == bytes_of(whole)
 
 
 def test_a_signal_ends_a_wait_for_the_hub(tmp_path: Path) -> None:
