@@ -187,7 +187,8 @@ class Cluster(Executor):
             self.present = set(processing)
             self._silent &= self.present
             now = time.monotonic()
-            for call in [call for call in self._calls if call.lost]:
+            known = self._client.futures  # not what was sent while the connection broke, which nobody answers
+            for call in [call for call in self._calls if call.lost or not any(key in known for key in call.tries)]:
                 self._send(call)
             late = [call for call in self._calls if now - call.sent > self._patience(call)]
         if late:

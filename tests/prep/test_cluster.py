@@ -225,6 +225,20 @@ def test_a_step_whose_workers_die_again_and_again_is_given_up(
         dask.close()
 
 
+def test_a_step_that_dask_has_forgotten_is_asked_for_again(
+    dask: Dask, pair: list[Worker], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As happens when it is sent while the connection to the scheduler breaks."""
+    from prep import cluster
+
+    monkeypatch.setattr(cluster, "LOOK", 0.2)
+    with cluster.connect(dask.spec, 0, partial(idle_worker, LocalSource(source, []))) as executor:  # type: ignore[arg-type]
+        with stopped(pair):
+            answer = executor.submit(os.getpid)
+            executor._client.futures.clear()
+        assert answer.result(timeout=30) in [worker.pid for worker in pair]
+
+
 def idle_worker(source: LocalSource) -> None:
     """In place of a prep.worker.Worker, where none is needed."""
 
