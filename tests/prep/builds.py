@@ -1,6 +1,7 @@
 """What the tests of prep share: the golden material, runs of the real CLI, and a data set as bytes to compare."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,18 @@ def prep(*arguments: object, cwd: Path = ROOT, **options: Any) -> subprocess.Com
     """Run `python -m prep` as a user would."""
     command = [sys.executable, "-m", "prep", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
+
+
+def faulty(action: str, victim: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same with one step made to fail: see tests/prep/faults.py."""
+    command = [sys.executable, str(ROOT / "tests/prep/faults.py"), action, str(victim), "--", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def number_of_calls(*arguments: object) -> int:
+    """How many steps there are that can be made to fail, found by doing them."""
+    return int(faulty("count", 0, *arguments).stdout.rpartition("calls: ")[2])
 
 
 def tokenize_arguments(source: object, out: Path, **options: object) -> list[str]:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from prep.verify import verify
-from prep.writer import journal_config
-from tests.prep.builds import GOLDEN, ROOT, SOURCE, TOKENIZER, bytes_of, one_line_error, prep, tokenize_arguments
+from tests.prep.builds import (
+    GOLDEN,
+    ROOT,
+    SOURCE,
+    TOKENIZER,
+    bytes_of,
+    faulty,
+    number_of_calls,
+    one_line_error,
+    prep,
+    tokenize_arguments,
+)
 from tests.prep.hub_builds import environment, hub_of, hub_tokenize, spans, write_files
 from tests.prep.hub_server import Fault, serving
 
@@ -161,42 +170,29 @@ def test_nothing_is_encoded_where_all_shards_are_good(damage: str, data: Path, m
 
 
 def test_a_repair_that_is_killed_anywhere_is_taken_up_again(data: Path, whole: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tests/prep/faults.py")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def faulty(action: str, victim: int, folder: Path) -> subprocess.CompletedProcess[str]:
-        arguments = [*command, action, str(victim), "--", "repair", str(folder)]
-        return subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-
     for path in (data / "train/00001.npy", data / "tokenizer.model"):
         flip(path)
     (data / VAL).unlink()
     counted = Path(shutil.copytree(data, tmp_path / "counted"))
-    calls = int(faulty("count", 0, counted).stdout.rpartition("calls: ")[2])
+    calls = number_of_calls("repair", counted)
     assert bytes_of(counted) == bytes_of(whole) and calls > 12
     for victim in range(2, calls, 5):
         folder = Path(shutil.copytree(data, tmp_path / f"at-{victim}" / "data"))
-        assert faulty("kill-before", victim, folder).returncode == -9
+        assert faulty("kill-before", victim, "repair", folder).returncode == -9
         done = prep("repair", folder)
         assert done.returncode == 0, done.stderr
         assert bytes_of(folder) == bytes_of(whole)
 
 
-def test_a_rebuild_that_was_interrupted_goes_on(data: Path, whole: Path) -> None:
+def test_a_rebuild_that_was_killed_goes_on(data: Path, whole: Path, tmp_path: Path) -> None:
     DAMAGES["a shard and the index of its split"](data)
-    partial = data.with_name("data.repair.partial")
-    command = [sys.executable, "-m", "prep", "repair", str(data), "--workers", "1"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while not (journal_config(partial) and json.loads((partial / "journal.json").read_bytes()).get("cursor")):
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75 and "same command goes on" in stderr
+    counted = Path(shutil.copytree(data, tmp_path / "counted" / "data"))
+    calls = number_of_calls("repair", counted)
+    assert faulty("kill-before", calls // 2, "repair", data).returncode == -signal.SIGKILL
     done = prep("repair", data)
     assert done.returncode == 0 and "data.repair.partial: going on at" in done.stdout, done.stderr
     assert bytes_of(data) == bytes_of(whole)
-    assert [path.name for path in data.parent.iterdir()] == ["data"]
+    assert {path.name for path in data.parent.iterdir()} == {"data", "counted"}
 
 
 def test_what_another_rebuild_left_is_discarded(data: Path, whole: Path) -> None:

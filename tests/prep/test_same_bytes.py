@@ -1,6 +1,5 @@
 """A build that was killed, stopped or ran out of disk at any instant ends in the same bytes."""
 
-import os
 import random
 import shutil
 import signal
@@ -16,7 +15,9 @@ from tests.prep.builds import (
     ROOT,
     built,
     bytes_of,
+    faulty,
     golden_rows,
+    number_of_calls,
     one_line_error,
     prep,
     tokenize_arguments,
@@ -39,12 +40,6 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     return bytes_of(built(source, tmp_path_factory.mktemp("whole") / "out", **SMALL))
 
 
-def faulty(action: str, victim: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tests/prep/faults.py"), action, str(victim), "--", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def assert_recovers(folder: Path, source: Path, whole: dict[str, bytes], disturb: Callable[[list[str]], None]) -> None:
     """The reusable checker: whatever `disturb` does to a build, the same command then ends in the same bytes.
 
@@ -61,24 +56,24 @@ def assert_recovers(folder: Path, source: Path, whole: dict[str, bytes], disturb
     assert [path.name for path in folder.iterdir()] == ["out"]
 
 
-def number_of_calls(folder: Path, source: Path) -> int:
-    done = faulty("count", 0, tokenize_arguments(source, folder / "out", **SMALL))
+def calls_of_a_build(folder: Path, source: Path) -> int:
+    calls = number_of_calls(*tokenize_arguments(source, folder / "out", **SMALL))
     shutil.rmtree(folder / "out")
-    return int(done.stdout.rpartition("calls: ")[2])
+    return calls
 
 
 @pytest.mark.parametrize("action", ["kill-before", "kill-after", "full", "short"])
 def test_a_failure_at_any_step_of_any_commit_loses_nothing(
     tmp_path: Path, source: Path, whole: dict[str, bytes], action: str
 ) -> None:
-    calls = number_of_calls(tmp_path, source)
+    calls = calls_of_a_build(tmp_path, source)
     assert calls > 60
     # The last steps, where files get their names, and some of the others; another choice for each action.
     chance = random.Random(action)
     victims = sorted({*chance.sample(range(1, calls + 1), 6), *range(calls - 4, calls + 1)})
 
     def disturb(victim: int, arguments: list[str]) -> None:
-        done = faulty(action, victim, arguments)
+        done = faulty(action, victim, *arguments)
         if action.startswith("kill"):
             assert done.returncode == -signal.SIGKILL
         elif done.returncode:  # removing what is left after success may fail without harm
@@ -133,8 +128,8 @@ def test_a_killed_build_repeats_at_most_the_unit_in_hand(tmp_path: Path, source:
     """Each start goes on where the journal stands: the units done before are not read again."""
     out = tmp_path / "out"
     arguments = tokenize_arguments(source, out, **SMALL)
-    calls = number_of_calls(tmp_path, source)
-    faulty("kill-before", calls // 2, arguments)
+    calls = calls_of_a_build(tmp_path, source)
+    faulty("kill-before", calls // 2, *arguments)
     assert (tmp_path / "out.partial" / "journal.json").exists()
     again = prep(*arguments)
     assert "going on at" in again.stdout
