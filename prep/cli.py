@@ -186,7 +186,7 @@ def inspect(folder: Path, token: int | None, sequence: int | None, split: str, a
     from prep.inspect import inspect as inspect_
 
     view = inspect_(folder, split, token=token, sequence=sequence)
-    for line in [json.dumps(view.json(), ensure_ascii=False)] if as_json else view.lines():
+    for line in [json.dumps(view.json())] if as_json else view.lines():
         click.echo(line)
 
 

@@ -1,5 +1,6 @@
 """What stands at a token or in a sequence: the decoded text, and the documents and source rows that it comes from."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.index import documents_between
 from shared.manifest import TOKENIZER, load_manifest, open_stream
 from shared.passages import Passage, passages
 from shared.tokenizer import Tokenizer, load_tokenizer
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without \t and \n, DEL, C1
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ class View:
         }
 
     def lines(self) -> Iterator[str]:
-        """The same for people: where it is, then each document's origin and its text as it is."""
+        """The same for people: where it is, then each document's origin and its text. See `printable`."""
+        return map(printable, self._lines())
+
+    def _lines(self) -> Iterator[str]:
         if self.of_sequence:
             yield f"{self.split} sequence {self.sequence}: tokens {self.token} to {self.parts[-1].stop - 1}"
         else:
@@ -56,6 +63,14 @@ class View:
             yield f"tokens {first} to {part.stop - 1 - document.start} of its {document.length}"
             yield ""
             yield part.text
+
+
+def printable(text: str) -> str:
+    """The text with control characters, other than line break and tab, as \\x1b and the like.
+
+    A web page may hold any, and a terminal would obey them.
+    """
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def inspect(folder: Path, split: str, *, token: int | None = None, sequence: int | None = None) -> View:
@@ -77,10 +92,9 @@ def inspect(folder: Path, split: str, *, token: int | None = None, sequence: int
         assert token is not None
         _require_within(folder, split, "token", token, len(stream))
         start, stop = token, token + 1
+        for document in documents_between(folder, split, token, token + 1):  # one; `passages` tells if there is none
+            start, stop = document.start, document.start + document.length
     parts = passages(folder, split, stream, tokenizer, start, stop)
-    if sequence is None:
-        document = parts[0].document
-        parts = passages(folder, split, stream, tokenizer, document.start, document.start + document.length)
     return View(
         split=split,
         token=token,

@@ -12,12 +12,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prep.inspect import inspect
+import shared.passages
+from prep.inspect import inspect, printable
 from prep.verify import verify
 from shared.manifest import load_manifest, open_stream
 from shared.passages import decode
 from shared.tokenizer import Tokenizer, load_tokenizer
-from tests.prep.builds import CORPUS, GOLDEN, LLAMA, SOURCE, golden_rows, one_line_error, prep, tokenize_arguments
+from tests.prep.builds import (
+    CORPUS,
+    GOLDEN,
+    LLAMA,
+    SOURCE,
+    built,
+    golden_rows,
+    one_line_error,
+    prep,
+    tokenize_arguments,
+    write_parquet,
+)
 
 MODELS = {name: load_tokenizer(GOLDEN / f"{name}.model") for name in ("tokenizer", "unigram", "user_symbols")}
 LENGTH = 128
@@ -26,9 +38,7 @@ LENGTH = 128
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("inspect") / "data"
-    done = prep(*tokenize_arguments(SOURCE, out, train_sequences=600, val_sequences=20, seq_len=LENGTH))
-    assert done.returncode == 0, done.stderr
-    return out
+    return built(SOURCE, out, train_sequences=600, val_sequences=20, seq_len=LENGTH)
 
 
 def source_text(file: str, row: int) -> str:
@@ -90,7 +100,7 @@ def test_people_see_the_same(data: Path) -> None:
     assert lines[0].startswith(f"train token {row['start'] + 3}: ") and "token 3 of its document" in lines[0]
     assert lines[2:5] == [f"document {row['id']}", f"url {row['url']}", f"source {row['file']} row {row['row']}"]
     assert lines[5] == f"tokens 0 to {row['length'] - 1} of its {row['length']}"
-    assert lines[-1] == source_text(row["file"], row["row"])
+    assert lines[-1] == printable(source_text(row["file"], row["row"]))
     view = inspect(data, "train", sequence=5)
     lines = list(view.lines())
     assert lines[0] == f"train sequence 5: tokens {5 * LENGTH} to {6 * LENGTH}"
@@ -139,6 +149,29 @@ def test_the_command_prints_the_same(data: Path) -> None:
     done = prep("inspect", data, "--token", 1234)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "\n".join(inspect(data, "train", token=1234).lines()) + "\n"
+
+
+def test_no_control_character_of_a_page_reaches_a_terminal(tmp_path: Path) -> None:
+    controls = "".join(map(chr, [*range(32), *range(0x7F, 0xA0)]))
+    text = f"One\tline of prose\nand \x1b]0;title\x07 \x9b2J {controls} é 日本"
+    write_parquet(tmp_path / "a.parquet", [{"text": text * 40, "id": "\x1b[31mred", "url": "\x9b1m"}] * 9, 3)
+    data = built(tmp_path / "a.parquet", tmp_path / "data", train_sequences=9, val_sequences=0, seq_len=900)
+    for option in ("--token", "--sequence"):
+        done = prep("inspect", data, option, 1)
+        assert done.returncode == 0 and not set(controls) - {"\n", "\t"} & set(done.stdout)
+        assert "One\tline of prose\nand \\x1b]0;title\\x07 \\x9b2J " in done.stdout and "é 日本" in done.stdout
+        assert "document \\x1b[31mred\nurl \\x9b1m\n" in done.stdout
+        done = prep("inspect", data, option, 1, "--json")
+        assert not set(controls) - {"\n"} & set(done.stdout), "JSON escapes them in its own way"
+        assert text in json.loads(done.stdout)["text"]
+
+
+def test_each_token_is_decoded_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    real = shared.passages.decode
+    monkeypatch.setattr(shared.passages, "decode", lambda *a: decoded.append(len(a[1])) or real(*a))
+    view = inspect(data, "train", token=1234)
+    assert decoded == [view.parts[0].document.length]
 
 
 def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path) -> None:
