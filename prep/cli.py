@@ -139,7 +139,7 @@ def plan(
 @click.option("--deep", type=click.IntRange(min=0), default=0, help="also encode this many documents anew")
 @click.option("--source", default=None, help="where --deep finds the source [default: where it was]")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object and nothing else")
-def verify(folder: Path, deep: int, source: str | None, as_json: bool) -> int:
+def verify(folder: Path, deep: int, source: str | None, as_json: bool) -> None:
     """Hash and check every file of the data set FOLDER; name all that are bad."""
     from prep.verify import verify as verify_
 
@@ -154,7 +154,6 @@ def verify(folder: Path, deep: int, source: str | None, as_json: bool) -> int:
     if not as_json:
         again = f", {result.reencoded} documents encoded anew" if deep else ""
         click.echo(f"{folder}: every file is as recorded{again}; id: {result.id}")
-    return 0
 
 
 @main.command()

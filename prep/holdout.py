@@ -7,8 +7,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-SPLITS = ("train", "val")
-
 
 def threshold(train_tokens: int, val_tokens: int) -> int:
     """Below which a document's 64-bit draw is on the val side: four times val's share of the tokens, at most a half.

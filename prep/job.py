@@ -57,12 +57,7 @@ class Job:
 
     def config(self) -> dict[str, Any]:
         """The named values that decide the bytes, as a later start compares them."""
-        return {
-            **self.settings.fields(),
-            "tokenizer": self.tokenizer.identity.sha256,
-            "source files": _as_lists(self.files),
-            "source": source_name(self.source.repository, self.source.config, self.source.revision),
-        }
+        return _config(self.settings, self.tokenizer, self.files, self.source)
 
     def manifest(self, splits: dict[str, Split], skipped: Skipped) -> Manifest:
         """Of the finished data set; its id waits for `shared.manifest.seal`."""
@@ -169,12 +164,7 @@ def finished(source: "LocalSource | HubSource", settings: Settings, tokenizer: T
     known = _known(source, manifest, (out / MANIFEST).stat().st_mtime_ns) if isinstance(source, LocalSource) else []
     if len(known) < len(source.names):
         known = hash_files(source)
-    now = {
-        **settings.fields(),
-        "tokenizer": tokenizer.identity.sha256,
-        "source files": _as_lists(known),
-        "source": source_name(source.repository, source.config, source.revision),
-    }
+    now = _config(settings, tokenizer, known, source)
     check_same(config_of(manifest), now, f"{out}: a finished data set with another", "choose another --out")
     return manifest
 
@@ -197,7 +187,19 @@ def _as_lists(files: list[SourceFile]) -> list[list[Any]]:
     return [list(asdict(file).values()) for file in files]
 
 
+def _config(
+    settings: Settings, tokenizer: Tokenizer, files: list[SourceFile], source: "LocalSource | HubSource"
+) -> dict[str, Any]:
+    return {
+        **settings.fields(),
+        "tokenizer": tokenizer.identity.sha256,
+        "source files": _as_lists(files),
+        "source": source_name(source.repository, source.config, source.revision),
+    }
+
+
 def config_of(manifest: Manifest) -> dict[str, Any]:
+    """The same of a finished data set."""
     val = manifest.splits.get("val")
     return {
         "train_sequences": manifest.splits["train"].sequences,
@@ -214,10 +216,11 @@ def config_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], where: str, advice: str) -> None:
+    """ValueError names the first field that differs."""
     for field, value in now.items():
         if before.get(field) != value:
-            was, is_ = (f" ({before.get(field)}, not {value})", "") if field != "source files" else ("", "")
-            raise ValueError(f"{where} {field.replace('_', ' ')}{was}{is_}; give the same one, or {advice}")
+            both = "" if field == "source files" else f" ({before.get(field)}, not {value})"
+            raise ValueError(f"{where} {field.replace('_', ' ')}{both}; give the same one, or {advice}")
 
 
 def discard(folder: Path) -> None:

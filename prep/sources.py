@@ -103,9 +103,11 @@ class LocalSource:
         """Nothing to do: it is here."""
 
     def size(self, unit: Unit) -> int:
+        """Bytes that `fetch` will bring."""
         return 0
 
     def fetching(self) -> str:
+        """How what `fetch` brings just now comes: nothing does."""
         return ""
 
     def release(self, unit: Unit) -> None:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from prep.encoder import Encoder, Ids, Offsets
 from prep.holdout import is_val
-from prep.rows import RowReader
+from prep.rows import RowReader, Rows
 from prep.sources import Readable, Unit
 
 TEXT_BYTES = 32 << 20  # text that a result holds at most, but for one batch of rows
@@ -100,7 +100,7 @@ class Worker:
         return len(sample)
 
 
-def _common_type(rows: list) -> pa.DataType:  # type: ignore[type-arg]
+def _common_type(rows: list[Rows]) -> pa.DataType:
     return rows[0].text.type if rows else pa.string()
 
 
