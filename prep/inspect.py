@@ -1,6 +1,5 @@
 """What stands at a token or in a sequence: the decoded text, and the documents and source rows that it comes from."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +11,8 @@ import numpy.typing as npt
 from shared.index import documents_between
 from shared.manifest import TOKENIZER, load_manifest, open_stream
 from shared.passages import Passage, passages
+from shared.terminal import printable
 from shared.tokenizer import Tokenizer, load_tokenizer
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without \t and \n, DEL, C1
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class View:
         }
 
     def lines(self) -> Iterator[str]:
-        """The same for people: where it is, then each document's origin and its text. See `printable`."""
+        """The same for people: where it is, then each document's origin and its text."""
         return map(printable, self._lines())
 
     def _lines(self) -> Iterator[str]:
@@ -63,14 +61,6 @@ class View:
             yield f"tokens {first} to {part.stop - 1 - document.start} of its {document.length}"
             yield ""
             yield part.text
-
-
-def printable(text: str) -> str:
-    """The text with control characters, other than line break and tab, as \\x1b and the like.
-
-    A web page may hold any, and a terminal would obey them.
-    """
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def inspect(folder: Path, split: str, *, token: int | None = None, sequence: int | None = None) -> View:

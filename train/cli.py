@@ -106,11 +106,11 @@ def evaluate(path: Path, sequences: int | None, data: Path | None, as_json: bool
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="the same seed gives the same text")
 def sample(path: Path, prompt: str, temperature: float, top_p: float, tokens: int, seed: int | None) -> None:
     """Let a run's newest checkpoint go on with a text."""
+    from shared.terminal import printable
     from train.trained import sample_run
 
-    click.echo(
-        sample_run(path, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, say=_say_on_stderr)
-    )
+    text = sample_run(path, prompt, tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, say=_say_on_stderr)
+    click.echo(printable(text))
 
 
 @main.command()

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shared.passages
-from prep.inspect import inspect, printable
+from prep.inspect import inspect
 from prep.verify import verify
 from shared.manifest import load_manifest, open_stream
 from shared.passages import decode
+from shared.terminal import printable
 from shared.tokenizer import Tokenizer, load_tokenizer
 from tests.prep.builds import (
     CORPUS,
