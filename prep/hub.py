@@ -68,7 +68,7 @@ def fetch_tokenizer(spec: str, stop: Stop, progress: Progress) -> Path:
 class Fetched:
     """What a worker sees of the source: what the parent has put on this disk. It never asks the Hub for anything."""
 
-    repository: str
+    address: str
     revision: str
     folder: Path  # of spans
     footers: Path
@@ -76,10 +76,6 @@ class Fetched:
     files: dict[str, SourceFile]
     snapshot: Path  # of whole files; those of .zst come while the workers are at work
     whole: set[str]
-
-    @property
-    def address(self) -> str:
-        return f"{HUB}{self.repository}@{self.revision}"
 
     def path(self, name: str) -> Path:
         return self.snapshot / name
@@ -138,7 +134,7 @@ class HubSource:
         """Keep what is fetched in `folder`, which must be empty, and in `footers`, where what is there is used."""
         numbers = {name: number for number, name in enumerate(self.names)}
         self._here = Fetched(
-            self.repository, self.revision, folder, footers, numbers, self._files, self._snapshot, self._whole
+            self.address, self.revision, folder, footers, numbers, self._files, self._snapshot, self._whole
         )
 
     def where(self, name: str) -> str:

@@ -1,10 +1,11 @@
 """What may be shown on a terminal: a web page, and a model that has read some, may hold what a terminal obeys."""
 
-import re
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without \t and \n, DEL, C1
+import json
 
 
 def printable(text: str) -> str:
-    """The text with control characters, other than line break and tab, as \\x1b and the like."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    """`text` with JSON's escape (\\u001b) for every character that does not print, but for line breaks and tabs.
+
+    Of a JSON text the result is the same JSON value.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else json.dumps(c)[1:-1] for c in text)

@@ -120,8 +120,8 @@ def sample(path: Path, prompt: str, temperature: float, top_p: float, tokens: in
 @click.option("--json", "as_json", is_flag=True, help="one JSON object and nothing else")
 def inspect(path: Path, step: int, data: Path | None, as_json: bool) -> None:
     """Show what a step sees: sequences, their documents, and the text. A (long) line a sequence; try | less -S."""
+    from shared.terminal import printable
     from train.inspect import inspect as look_up
-    from train.inspect import printable
     from train.metrics import to_json
 
     seen = look_up(path, step, data)

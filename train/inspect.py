@@ -12,6 +12,7 @@ from typing import Any
 
 from shared.manifest import TOKENIZER, load_manifest, open_stream
 from shared.passages import Passage, passages
+from shared.terminal import printable
 from shared.tokenizer import load_tokenizer
 from train.order import Order
 from train.run_folder import RunFolder
@@ -91,18 +92,10 @@ def document_of(passage: Passage) -> dict[str, Any]:
     }
 
 
-def printable(text: str) -> str:
-    """`text` with JSON's escape for every character that does not print: the web must not steer a terminal.
-
-    Of a JSON text the result is the same JSON value.
-    """
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
-
-
 def _told(passage: Passage) -> str:
     document = passage.document
     first, last = passage.start - document.start, passage.stop - 1 - document.start
     origin = f"{document.file} row {document.row}, tokens {first} to {last} of {document.length}"
     url = f" {document.url}" if document.url else ""
     text = json.dumps(passage.text, ensure_ascii=False)
-    return printable(f"{document.id}{url} ({origin}) {text}")
+    return printable(f"{document.id}{url} ({origin}) {text}").replace("\n", "\\n")  # a line, whatever the url holds

@@ -19,17 +19,17 @@ from pathlib import Path
 import click
 import torch
 
-from shared.manifest import load_manifest, open_stream
+from shared.manifest import load_manifest
 from shared.provenance import processor
 from tests.train.dataset import build
 from train import metrics, runtime
 from train.bench import synchronize
 from train.checkpoint import Saver
-from train.config import Config, preset
+from train.config import preset
 from train.loop import Loop
-from train.model import Model
 from train.order import Order, rows
-from train.run_folder import RunFolder
+from train.run import built
+from train.run_folder import Facts, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, VOCABULARY = 1024, 32_000
@@ -68,28 +68,15 @@ def first_steps(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def made(config: Config, data: Path, device: torch.device, chosen: runtime.Runtime) -> Loop:
-    """The 95M job on a data set whose ids are few: their values do not matter."""
-    manifest = load_manifest(data)
-    assert chosen.micro is not None
-    model = Model(config.model, chosen.compute).to(device)
-    model.initialise(config.seed)
-    if chosen.compile:
-        runtime.compile_model(model)
-    order = Order(manifest.id, config.seed, manifest.splits["train"].sequences, config.batch.sequences)
-    stream = open_stream(data, manifest, "train")
-    return Loop(config, model, order, stream, length=LENGTH, micro=chosen.micro)
-
-
 def beside_steps(folder: Path, device: str, rounds: int) -> Iterator[str]:
     config = preset("95m")
     config = replace(config, model=replace(config.model, vocab_size=VOCABULARY))
-    chosen = runtime.choose(device, config.batch.micro)
-    where = runtime.prepare(chosen)
-    chosen = chosen if chosen.micro else replace(chosen, micro=runtime.ladder(config.batch.sequences, chosen.device)[0])
-    loop = made(config, build(folder / "data", train=32 * (rounds + 1), val=0, length=LENGTH), where, chosen)
-    assert chosen.micro is not None
-    tokens = torch.from_numpy(rows(loop.stream, loop.order.indices(1)[: chosen.micro], LENGTH)).to(where)
+    data = build(folder / "data", train=32 * (rounds + 1), val=0, length=LENGTH)
+    manifest = load_manifest(data)
+    order = Order(manifest.id, config.seed, manifest.splits["train"].sequences, config.batch.sequences)
+    loop = built(Facts(config, manifest.id, LENGTH, runtime.choose(device, config.batch.micro)), order, data, manifest)
+    where = loop.device
+    tokens = torch.from_numpy(rows(loop.stream, loop.order.indices(1)[: loop.micro], LENGTH)).to(where)
 
     def forward() -> None:
         with torch.no_grad(), runtime.eager(loop.model):
@@ -103,15 +90,15 @@ def beside_steps(folder: Path, device: str, rounds: int) -> Iterator[str]:
         wait()
         return statistics.median(seconds(wait) for _ in range(rounds))
 
-    micros = config.batch.sequences // chosen.micro
-    step = micros * timed(lambda: loop.attempt(chosen.micro or 0)) / 2  # an attempt is two micro-batches
+    micros = config.batch.sequences // loop.micro
+    step = micros * timed(lambda: loop.attempt(loop.micro)) / 2  # an attempt is two micro-batches
     yield f"a step                {step:8.3f} s on {where.type}: {micros} micro-batches without their update"
     steps = iter(range(1, rounds + 2))
     batch = timed(lambda: rows(loop.stream, loop.order.indices(next(steps)), LENGTH))
     yield f"reading a batch       {batch * 1e3:8.3f} ms, {batch / step:.4%} of a step"
     line = timed_line(folder / "metrics.jsonl")
     yield f"a line of metrics     {line * 1e3:8.3f} ms, {line / step:.4%} of a step"
-    share = timed(forward) * config.eval.sequences / chosen.micro / (config.eval.every * step)
+    share = timed(forward) * config.eval.sequences / loop.micro / (config.eval.every * step)
     yield f"evaluation            {share:8.2%} of the steps between two"
     yield from saves(loop, folder / "checkpoints", where, rounds)
 

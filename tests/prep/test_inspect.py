@@ -160,8 +160,8 @@ def test_no_control_character_of_a_page_reaches_a_terminal(tmp_path: Path) -> No
     for option in ("--token", "--sequence"):
         done = prep("inspect", data, option, 1)
         assert done.returncode == 0 and not set(controls) - {"\n", "\t"} & set(done.stdout)
-        assert "One\tline of prose\nand \\x1b]0;title\\x07 \\x9b2J " in done.stdout and "é 日本" in done.stdout
-        assert "document \\x1b[31mred\nurl \\x9b1m\n" in done.stdout
+        assert "One\tline of prose\nand \\u001b]0;title\\u0007 \\u009b2J " in done.stdout and "é 日本" in done.stdout
+        assert "document \\u001b[31mred\nurl \\u009b1m\n" in done.stdout
         done = prep("inspect", data, option, 1, "--json")
         assert not set(controls) - {"\n"} & set(done.stdout), "JSON escapes them in its own way"
         assert text in json.loads(done.stdout)["text"]

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.permutation import Permutation
+from shared.terminal import printable
 from shared.tokenizer import load_tokenizer
 from tests.train.command import Command, Done
 from tests.train.dataset import GOLDEN, build
-from train.inspect import inspect, printable
+from train.inspect import inspect
 
 LENGTH, BATCH, STEPS = 32, 4, 24
 TOKENIZER = load_tokenizer(GOLDEN / "tokenizer.model").processor

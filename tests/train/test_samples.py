@@ -73,7 +73,7 @@ def test_sample_continues_the_prompt_and_a_seed_repeats_it(train: Command, data:
     assert texts[0].startswith("The pulley")
     assert texts[0] == texts[1] != texts[2]
     steering = train("sample", run, "--prompt", "a\x1b[2Jb", "--tokens", 1, "--seed", 1).out
-    assert steering.startswith("a\\x1b[2Jb"), "what a terminal would obey is shown instead"
+    assert steering.startswith("a\\u001b[2Jb"), "what a terminal would obey is shown instead"
     greedy = [train(*ask, "--temperature", 0).out for _ in range(2)]
     assert greedy[0] == greedy[1]
     assert len({train(*ask).out for _ in range(3)}) > 1, "without a seed each call draws anew"
